@@ -1,19 +1,19 @@
 """Every exception of ksana_lab, drawn once.
 
-    KsanaLabError
-    ├── ConfigError          the user's YAML, option or environment is wrong; nothing was started         exit code 2
-    ├── CheckpointError      a model directory is missing, unreadable or no checkpoint                    exit code 2
-    ├── RequestError         one request cannot be served; carries an HTTP status, a type and a code
-    │   ├── InvalidRequest       400  a field is bad
-    │   ├── PromptTooLong        400  longer than the model or the KV cache can ever hold
-    │   ├── QueueFull            429  try again later (Retry-After)
-    │   ├── RequestTimeout       504  waited longer than waiting_timeout
-    │   ├── RequestAborted       499  the client or its peer went away
-    │   ├── TransferFailed       502  the KV cache did not arrive
-    │   └── ServiceUnavailable   503  no pair is connected, or the engine is gone
-    ├── TransferError        a link between two nodes broke or was refused (also inside an engine)
-    │   └── LayoutMismatch       the two sides' KV layouts differ; names both values
-    └── EngineDead           the engine process ended; carries its last log lines
+KsanaLabError
+├── ConfigError          the user's YAML, option or environment is wrong; nothing was started         exit code 2
+├── CheckpointError      a model directory is missing, unreadable or no checkpoint                    exit code 2
+├── RequestError         one request cannot be served; carries an HTTP status, a type and a code
+│   ├── InvalidRequest       400  a field is bad
+│   ├── PromptTooLong        400  longer than the model or the KV cache can ever hold
+│   ├── QueueFull            429  try again later (Retry-After)
+│   ├── RequestTimeout       504  waited longer than waiting_timeout
+│   ├── RequestAborted       499  the client or its peer went away
+│   ├── TransferFailed       502  the KV cache did not arrive
+│   └── ServiceUnavailable   503  no pair is connected, or the engine is gone
+├── TransferError        a link between two nodes broke or was refused (also inside an engine)
+│   └── LayoutMismatch       the two sides' KV layouts differ; names both values
+└── EngineDead           the engine process ended; carries its last log lines
 """
 
 from __future__ import annotations
@@ -90,7 +90,15 @@ class EngineDead(KsanaLabError):
 
 REQUEST_ERRORS: dict[str, type[RequestError]] = {
     cls.type: cls
-    for cls in (InvalidRequest, PromptTooLong, QueueFull, RequestTimeout, RequestAborted, TransferFailed, ServiceUnavailable)
+    for cls in (
+        InvalidRequest,
+        PromptTooLong,
+        QueueFull,
+        RequestTimeout,
+        RequestAborted,
+        TransferFailed,
+        ServiceUnavailable,
+    )
 }
 
 

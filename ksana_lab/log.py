@@ -18,7 +18,9 @@ def setup(name: str, *, level: str | None = None) -> None:
         chosen = "INFO"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname).1s {name}:{os.getpid()} %(module)s: %(message)s", datefmt="%H:%M:%S")
+        logging.Formatter(
+            f"%(asctime)s.%(msecs)03d %(levelname).1s {name}:{os.getpid()} %(module)s: %(message)s", datefmt="%H:%M:%S"
+        )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -1,0 +1,108 @@
+"""The router's HTTP protocol, field for field as KsanaLLM's router and nodes speak it (python/simple_router), and what we add.
+
+Additions are optional fields that the reference ignores: a node that lacks them is served as the reference would serve it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ksana_lab.types import NodeAddr
+
+# Headers the router stamps on both requests of a pair.
+COMM_KEY_HEADER = "kv-comm-group-key"  # "<P inference_addr>__<D inference_addr>"
+COMM_REQUEST_ID_HEADER = "kv-comm-request-id"  # decimal, 1 .. 2**31 - 1 (the reference narrows it to int32)
+REQUEST_ID_HEADER = "x-request-id"
+# Ours. Router -> both: "the first token of a stream is forwarded from P; D, do not repeat it", with the stream's creation time (epoch seconds).
+# D -> router, as a response header: "understood". Without that answer the router forwards D's stream whole, as the reference does.
+FIRST_TOKEN_HEADER = "x-ksana-lab-first-token"
+FIRST_TOKEN_FROM_PREFILL = "prefill"
+CREATED_HEADER = "x-ksana-lab-created"
+
+
+def comm_key(prefill_addr: NodeAddr | str, decode_addr: NodeAddr | str) -> str:
+    return f"{prefill_addr}__{decode_addr}"
+
+
+def split_comm_key(key: str) -> tuple[str, str]:
+    """(prefill inference_addr, decode inference_addr). Raises ValueError without ``__``."""
+    prefill, sep, decode = key.partition("__")
+    if not sep or not prefill or not decode:
+        raise ValueError(f"comm_key {key!r} is not <prefill>__<decode>")
+    return prefill, decode
+
+
+class Device(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    device_id: int
+    device_ip: str = ""
+    device_type: str | None = None
+
+
+class RegisterNode(BaseModel):
+    """POST /RegisterNode -> 201."""
+
+    model_config = ConfigDict(extra="ignore")
+    inference_addr: str
+    cluster_name: str | None = None
+    group_role: Literal["prefill", "decode", "mixed"]  # "mixed" is ours: an aggregated node behind the same router
+    node_rank: int = Field(ge=0)
+    coordinator_addr: str | None = None
+    world_size: int | None = Field(None, gt=0)  # devices in the group
+    devices: list[Device] | None = None
+    hostname: str | None = None
+    job_id: str | None = None
+    start_time: str | None = None
+    comm_id: str | None = None
+    node_id: str | None = None
+    incarnation: str | None = None  # ours: new for every start of a node process; falls back to job_id
+
+
+class RegisterNodeAnswer(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    node_id: str
+    is_online: bool
+    last_heartbeat: str
+
+
+class NodeLoad(BaseModel):
+    """Ours: what a node says of itself with each heartbeat."""
+
+    model_config = ConfigDict(extra="ignore")
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+
+
+class Heartbeat(BaseModel):
+    """POST /Heartbeat -> 200, or 404 for a node_id the router does not know: the node must register again."""
+
+    model_config = ConfigDict(extra="ignore")
+    node_id: str
+    connected_comm_keys: list[str] | None = (
+        None  # ours: pairs whose peer this node has shaken hands with; None = node does not say
+    )
+    load: NodeLoad | None = None  # ours
+
+
+class HeartbeatAnswer(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    node_id: str
+    is_online: bool
+    group_ready: bool
+    coordinator_addr: str | None = None
+    node_role: str | None = None
+    timestamp: str | None = None
+    comm_group_to_address: dict[str, list[tuple[int, int, str]]] = {}
+    comm_group_to_id: dict[str, str] = {}
+
+
+class RegisterCommId(BaseModel):
+    """POST /RegisterCommId -> 200; only prefill rank 0, only for its own pairs (else 403)."""
+
+    model_config = ConfigDict(extra="ignore")
+    node_id: str
+    comm_key: str
+    comm_id: str
