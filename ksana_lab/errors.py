@@ -3,7 +3,7 @@
 KsanaLabError
 ├── ConfigError          the user's YAML, option or environment is wrong; nothing was started         exit code 2
 ├── CheckpointError      a model directory is missing, unreadable or no checkpoint                    exit code 2
-├── RequestError         one request cannot be served; carries an HTTP status, a type and a code
+├── RequestError         one request cannot be served; carries an HTTP status and a type
 │   ├── InvalidRequest       400  a field is bad
 │   ├── PromptTooLong        400  longer than the model or the KV cache can ever hold
 │   ├── QueueFull            429  try again later (Retry-After)
@@ -32,7 +32,7 @@ class CheckpointError(KsanaLabError):
 
 
 class RequestError(KsanaLabError):
-    """``status`` is the HTTP status; ``type`` and ``code`` go into the error body. ``ksana_code`` is KsanaLLM's number (utils/ret_code.h)."""
+    """``status`` is the HTTP status; ``type`` goes into the error body. ``ksana_code`` is KsanaLLM's number (utils/ret_code.h)."""
 
     status = 500
     type = "internal_error"

@@ -12,15 +12,13 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def setup(name: str, *, level: str | None = None) -> None:
-    """Log to stderr as ``name`` (for example ``prefill`` or ``decode.tp1``). ``KSANA_LAB_LOG`` or ``level`` chooses the level, default INFO."""
+    """Log to stderr as ``name`` (for example ``prefill`` or ``decode.tp1``). ``level`` or ``KSANA_LAB_LOG`` (default INFO) chooses."""
     chosen = (level or os.environ.get("KSANA_LAB_LOG") or "INFO").upper()
     if chosen not in _LEVELS:
         chosen = "INFO"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter(
-            f"%(asctime)s.%(msecs)03d %(levelname).1s {name}:{os.getpid()} %(module)s: %(message)s", datefmt="%H:%M:%S"
-        )
+        logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname).1s {name}:{os.getpid()} %(module)s: %(message)s", datefmt="%H:%M:%S")
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -15,9 +15,7 @@ class Frozen(BaseModel):
 
 class ModelOptions(Frozen):
     model_dir: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
     max_model_len: int | None = Field(None, ge=1)  # prompt + output tokens; None = the checkpoint's own limit
     quant_method: Literal["auto", "fp8_e4m3"] = "auto"
 
@@ -40,9 +38,7 @@ class SchedulerOptions(Frozen):
     max_num_batched_tokens: int = Field(4096, ge=1)  # per step
     max_num_seqs: int = Field(128, ge=1)  # running at once
     max_num_waiting: int = Field(1200, ge=1)  # queue limit; beyond it QueueFull (429)
-    waiting_timeout_s: float = Field(
-        600.0, gt=0
-    )  # from arrival to first token, and for a decode node to its KV's arrival
+    waiting_timeout_s: float = Field(600.0, gt=0)  # from arrival to first token, and for a decode node to its KV's arrival
     prefill_chunk_tokens: int = Field(0, ge=0)  # cap per step and sequence; 0 = no cap but max_num_batched_tokens
     preemption_mode: Literal["swap", "recompute"] = "recompute"
     max_num_pretransfer_seqs: int = Field(64, ge=0)  # decode: sequences whose KV may arrive beyond max_num_seqs
@@ -66,7 +62,7 @@ class ConnectorOptions(Frozen):
         "auto"  # auto: cuda_ipc on one host's GPUs, shm on one host's CPU, else tcp
     )
     heartbeat_interval_s: float = Field(5.0, gt=0)
-    connect_timeout_s: float = Field(1800.0, gt=0)  # bound on bringing up a pair, also on one connection's first use
+    connect_timeout_s: float = Field(1800.0, gt=0)  # bound on bringing up a pair
     lease_s: float = Field(60.0, gt=0)  # how long P keeps a finished prompt's blocks for a D that says nothing
     transfer_mode: Literal["bulk", "chunk", "layer", "auto"] = "layer"
     layers_per_chunk: int = Field(1, ge=1)  # layer mode: layers sent together
@@ -92,7 +88,7 @@ class TokenizerOptions(Frozen):
 
 
 class EngineConfig(Frozen):
-    """One node. Built by ``ksana_yaml.load`` or by hand in a notebook; never changed afterwards (``model_copy(update=…)`` makes another)."""
+    """One node. Built by ``ksana_yaml.load`` or by hand; never changed afterwards (``model_copy(update=…)`` makes another)."""
 
     model: ModelOptions
     parallel: ParallelOptions = ParallelOptions()

@@ -44,9 +44,7 @@ class TransferMeta:
 
     sends: tuple[SendStep, ...] = ()
     receives: tuple[ReceivePlan, ...] = ()  # new this step
-    drops: tuple[
-        TransferKey, ...
-    ] = ()  # stop touching these keys' blocks; report them in TransferProgress.dropped when that is certain
+    drops: tuple[TransferKey, ...] = ()  # stop touching these keys' blocks; report them in TransferProgress.dropped when that is certain
 
 
 @dataclass
@@ -63,9 +61,7 @@ class TransferNews:
 
     sent: list[int] = field(default_factory=list)  # P: every byte acknowledged; blocks may go
     received: dict[int, FirstToken] = field(default_factory=dict)  # D: all KV and the first token are here
-    failed: dict[int, str] = field(
-        default_factory=dict
-    )  # either: it will never complete, and nobody touches the blocks any more; why
+    failed: dict[int, str] = field(default_factory=dict)  # either: it will never complete, and nobody touches the blocks any more; why
     doomed: dict[int, str] = field(default_factory=dict)  # D or P: will fail; blocks NOT yet safe (``failed`` follows)
 
 

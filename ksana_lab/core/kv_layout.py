@@ -54,9 +54,7 @@ class KVLayout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        outer = (
-            (self.num_blocks, self.num_layers) if self.order == "block_major" else (self.num_layers, self.num_blocks)
-        )
+        outer = (self.num_blocks, self.num_layers) if self.order == "block_major" else (self.num_layers, self.num_blocks)
         return (*outer, 2, self.num_kv_heads, self.block_size, self.head_dim)
 
     def cell_offset(self, block: int, layer: int) -> int:

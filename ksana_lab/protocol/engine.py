@@ -5,8 +5,6 @@ Times are ``time.monotonic_ns()`` of the writing host; the two processes share t
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 
 from ksana_lab.types import FinishReason, SamplingParams, TokenLogprob
@@ -34,9 +32,7 @@ class AddRequest(msgspec.Struct, tag=True):
     sampling: SamplingParams
     arrival_ns: int
     eos_token_ids: tuple[int, ...] = ()
-    transfer: TransferKey | None = (
-        None  # None on a mixed node, and on P or D for a request that bypasses disaggregation
-    )
+    transfer: TransferKey | None = None  # None on a mixed node, and on P or D for a request that bypasses disaggregation
 
 
 class AbortRequest(msgspec.Struct, tag=True):
@@ -71,7 +67,7 @@ class Shutdown(msgspec.Struct, tag=True):
     pass
 
 
-ToEngine = Union[AddRequest, AbortRequest, PeerUpdate, GetStatus, Profile, Shutdown]
+ToEngine = AddRequest | AbortRequest | PeerUpdate | GetStatus | Profile | Shutdown
 
 
 # ---- engine -> API ---------------------------------------------------------------------------------------------------
@@ -145,4 +141,4 @@ class EngineFailed(msgspec.Struct, tag=True):
     error: str
 
 
-FromEngine = Union[EngineReady, StepUpdates, EngineStatus, EngineFailed]
+FromEngine = EngineReady | StepUpdates | EngineStatus | EngineFailed

@@ -14,7 +14,7 @@ from ksana_lab.types import NodeAddr
 COMM_KEY_HEADER = "kv-comm-group-key"  # "<P inference_addr>__<D inference_addr>"
 COMM_REQUEST_ID_HEADER = "kv-comm-request-id"  # decimal, 1 .. 2**31 - 1 (the reference narrows it to int32)
 REQUEST_ID_HEADER = "x-request-id"
-# Ours. Router -> both: "the first token of a stream is forwarded from P; D, do not repeat it", with the stream's creation time (epoch seconds).
+# Ours. Router -> both: "the first token of a stream is forwarded from P; D, do not repeat it"; and the stream's creation time.
 # D -> router, as a response header: "understood". Without that answer the router forwards D's stream whole, as the reference does.
 FIRST_TOKEN_HEADER = "x-ksana-lab-first-token"
 FIRST_TOKEN_FROM_PREFILL = "prefill"
@@ -81,9 +81,7 @@ class Heartbeat(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     node_id: str
-    connected_comm_keys: list[str] | None = (
-        None  # ours: pairs whose peer this node has shaken hands with; None = node does not say
-    )
+    connected_comm_keys: list[str] | None = None  # ours: pairs whose peer this node has shaken hands with; None = node does not say
     load: NodeLoad | None = None  # ours
 
 

@@ -45,7 +45,7 @@ class WorkerConnector(Protocol):
         """Before the forward pass of a step (also of a step without tokens). Does not block."""
 
     def layer_done(self, layer: int) -> None:
-        """The kernels that write layer ``layer``'s KV of this step were just enqueued on the current stream. Does not block, does not allocate on a GPU."""
+        """The kernels that write layer ``layer``'s KV of this step were just enqueued on the current stream. Must not block."""
 
     def poll(self) -> TransferProgress:
         """Never blocks."""
