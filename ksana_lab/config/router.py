@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-import yaml
 from pydantic import BeforeValidator, Field
 
+from ksana_lab.config import yaml_file
 from ksana_lab.config.engine import Frozen
 from ksana_lab.config.validate import build, nearest
 from ksana_lab.errors import ConfigError
@@ -51,12 +51,11 @@ class RouterConfig(Frozen):
 
         Raises ConfigError for a file that cannot be read, an unknown key or a bad value."""
         path = Path(path)
-        text = _read(path)
         warnings: list[str] = []
         if path.suffix in (".yaml", ".yml"):
-            data = _parse_yaml(text, path)
+            data = yaml_file.read(path)
         else:
-            data, warnings = _parse_ini(text, path)
+            data, warnings = _parse_ini(yaml_file.read_text(path), path)
         return build(cls, {**data, **(options or {})}, str(path)), warnings
 
     def describe(self) -> dict[str, Any]:
@@ -67,23 +66,6 @@ class RouterConfig(Frozen):
 def without_password(url: str) -> str:
     parts = urlsplit(url)
     return url.replace(f":{parts.password}@", ":***@", 1) if parts.password else url
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the router's configuration {path}: {error.strerror}") from None
-
-
-def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of the router's options")
-    return data
 
 
 # config.ini of the reference: section -> key -> our field. None: known, answered with a warning when set to more than its default.

@@ -16,9 +16,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or an empty string when nothing is near."""
+    """``; did you mean x?``, or an empty string when nothing is near."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def build(model: type[Model], data: Mapping[str, Any], source: str) -> Model:
