@@ -1,0 +1,415 @@
+"""Which sequences run in the next step, and what becomes of them. No torch, no clock, no randomness: time comes in as an argument.
+
+A sequence's way:                          ┌──────────── preempted ───────────┐
+    add → waiting ─(blocks for all its tokens)─→ running ─(last token)─→ finished → blocks freed
+             └─(decode node: announced)→ waiting for KV ─(arrived)→ ready ─┘        └─(prefill node)→ held until sent
+
+First come, first served. Running sequences go first, decodes before prefill chunks; what is left of the token budget goes to the head of
+the queue. Nothing deadlocks: a sequence is admitted only with blocks for every token it has; sequences that grow may take the blocks of
+newer ones (preemption by recompute); those that cannot be preempted (KV on its way in or out) end in bounded time by themselves.
+
+``schedule`` may be called once more before ``update`` of the step before it (pipeline depth 1): counters move when a step is scheduled, a
+sampled token that is not known yet counts as pending, and one that turns out to follow the end of its sequence is dropped. Blocks of a
+sequence that a scheduled step still writes are freed when that step is over."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Protocol
+
+from ksana_lab.config.engine import SchedulerOptions
+from ksana_lab.core.block_manager import BlockManager
+from ksana_lab.core.connector import FirstToken, NoTransfer, SchedulerConnector
+from ksana_lab.core.output import Finish, finish_of, output_limit
+from ksana_lab.core.sequence import Sequence
+from ksana_lab.core.step import ScheduledSeq, SchedulerOutput, StepTokens
+from ksana_lab.errors import InvalidRequest, PromptTooLong, QueueFull, RequestAborted, RequestTimeout, TransferFailed
+from ksana_lab.protocol.engine import SequenceUpdate
+from ksana_lab.types import FinishReason, Role, TokenLogprob
+
+__all__ = ["ScheduledSeq", "Scheduler", "SchedulerOutput", "StepTokens"]
+
+STOPPED_BY_CALLER = "stop"  # AbortRequest.reason: the caller found a stop string and knows the end already
+
+
+class EventSink(Protocol):
+    """What the scheduler needs of a trace recorder."""
+
+    enabled: bool
+
+    def instant(self, name: str, cat: str, **args: Any) -> None: ...
+
+
+class Scheduler:
+    """Owned by one thread. ``max_model_len`` is cut to what the block pool holds, so that one sequence alone always fits."""
+
+    def __init__(
+        self,
+        options: SchedulerOptions,
+        blocks: BlockManager,
+        *,
+        max_model_len: int,
+        role: Role = Role.MIXED,
+        connector: SchedulerConnector | None = None,
+        events: EventSink | None = None,
+    ) -> None:
+        self.options = options
+        self.blocks = blocks
+        self.role = role
+        self.connector = connector or NoTransfer()
+        self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
+        self.max_num_seqs = min(options.max_num_seqs, options.max_num_batched_tokens)  # so that every decode runs in every step
+        self._events = events if events is not None and events.enabled else None
+
+        # A living sequence is in exactly one of these, by seq_id.
+        self.waiting: dict[int, Sequence] = {}  # in order of arrival
+        self.preempted: dict[int, Sequence] = {}  # wait as well, before the others
+        self.waiting_kv: dict[int, Sequence] = {}  # decode node: blocks announced, KV on its way
+        self.ready: dict[int, Sequence] = {}  # decode node: KV is here, no room in the batch yet
+        self.running: dict[int, Sequence] = {}
+        self.held: dict[int, Sequence] = {}  # finished; the connector still needs the blocks
+        self.draining: dict[int, Sequence] = {}  # finished; a scheduled step still writes the blocks
+
+        self._by_request: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[int, int, Sequence]] = []  # heap of (first token due by, seq_id, seq)
+        self._updates: list[SequenceUpdate] = []
+        self._gone: list[int] = []
+        self._num_steps = 0
+
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0
+        self.prefix_query_tokens = 0
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+
+    # ---- from the API ------------------------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue ``seq``. Raises InvalidRequest, PromptTooLong or QueueFull; nothing is kept of it then, and a peer is told."""
+        try:
+            self._check_admissible(seq)
+        except (InvalidRequest, QueueFull):
+            if seq.transfer is not None:
+                seq.finish_reason = FinishReason.ERROR
+                self.connector.on_finished(seq)
+            raise
+        seq.output_limit = output_limit(seq, self.max_model_len) if not self._is_prefill_only(seq) else 1
+        self._by_request[seq.request_id] = seq
+        self.waiting[seq.seq_id] = seq
+        heapq.heappush(self._deadlines, (seq.arrival_ns + int(self.options.waiting_timeout_s * 1e9), seq.seq_id, seq))
+        self._event("QUEUED", seq)
+
+    def abort(self, request_id: str, reason: str, now_ns: int) -> None:
+        """End a sequence in whatever phase it is; unknown or finished ones are ignored (a prefill node's held blocks belong to the
+        decode node now). ``reason`` "stop": the caller saw its end in the text, and hears no more of it."""
+        if (seq := self._by_request.get(request_id)) is None:
+            return
+        if reason == STOPPED_BY_CALLER:
+            self._retire(seq, FinishReason.STOP)
+            self._event("FINISHED", seq, reason=reason)
+        else:
+            self._fail(seq, FinishReason.ABORT, RequestAborted.type, f"request was aborted: {reason}", now_ns)
+
+    def _check_admissible(self, seq: Sequence) -> None:
+        if seq.request_id in self._by_request:
+            raise InvalidRequest(f"request id {seq.request_id!r} is in use")
+        if not seq.prompt_token_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if seq.num_prompt_tokens + 1 > self.max_model_len:
+            raise PromptTooLong(
+                f"prompt of {seq.num_prompt_tokens} tokens leaves no room for an answer: both together have {self.max_model_len} tokens"
+            )
+        if len(self.waiting) >= self.options.max_num_waiting:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already (max_num_waiting); try again later")
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, now_ns: int) -> SchedulerOutput:
+        """What runs next. May be empty; may be called again before ``update`` of the last one, not more."""
+        self._expire(now_ns)
+        self._hear_connector(now_ns)
+        self._promote_ready()
+        step = SchedulerOutput(self._num_steps)
+        budget = self.options.max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        oldest_first = sorted(self.running.values(), key=lambda seq: seq.seq_id)
+        for seq in oldest_first:  # decodes; a victim of preemption is newer than whoever needs its blocks, so never in the step already
+            if seq.num_uncomputed_tokens == 1 and not seq.has_reached_limit and seq.seq_id in self.running and self._make_room(seq):
+                budget -= self._include(step, seq, 1)
+        for seq in oldest_first:  # prompts under way; their blocks exist
+            if budget and seq.num_uncomputed_tokens > 1 and seq.seq_id in self.running:
+                budget -= self._include(step, seq, budget)
+        if self.num_preemptions == num_preemptions:  # else what is free was just taken from someone
+            self._admit(step, budget, now_ns)
+        return self._seal(step)
+
+    def update(self, step: SchedulerOutput, result: StepTokens, now_ns: int) -> None:
+        """``step`` is over, ``result`` holds a token for each sequence of it that samples. What clients must hear: ``take_updates``."""
+        for item in step.scheduled:
+            seq = item.seq
+            seq.num_inflight_steps -= 1
+            seq.num_pending_tokens -= item.samples
+            if seq.is_finished:
+                if not seq.num_inflight_steps and self.draining.pop(seq.seq_id, None):
+                    self.blocks.free(seq)
+            elif item.samples:  # a token sampled before a preemption counts as any other
+                self.generated_tokens += 1
+                self._append(seq, result.tokens[seq.seq_id], result.logprobs.get(seq.seq_id), now_ns)
+
+    def take_updates(self) -> list[SequenceUpdate]:
+        """News for the clients since the last call."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """A block for the next token of ``seq``, taken from the newest sequences if need be. False: ``seq`` was the newest itself."""
+        while not self.blocks.grow(seq, seq.num_computed_tokens + 1):
+            victim = max((s for s in self._preemptible()), key=lambda s: s.seq_id)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preemptible(self) -> Iterator[Sequence]:
+        """A prompt that is being sent to a decode node must stay where it is; it ends by itself."""
+        return (seq for seq in chain(self.running.values(), self.ready.values()) if not self._is_prefill_only(seq))
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue; its KV is computed again later, on a decode node too (from prompt and outputs). The blocks may be used at
+        once: a step under way that still writes them runs before any step that could."""
+        self._leave_queue(seq)
+        self.blocks.free(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.preempted[seq.seq_id] = seq
+        self._gone.append(seq.seq_id)
+        self._event("PREEMPTED", seq)
+
+    def _include(self, step: SchedulerOutput, seq: Sequence, most: int, *, is_first: bool = False) -> int:
+        """Run up to ``most`` tokens of ``seq`` in ``step``; returns how many."""
+        num = min(seq.num_uncomputed_tokens, most, self.options.prefill_chunk_tokens or most)
+        samples = num == seq.num_uncomputed_tokens
+        step.scheduled.append(ScheduledSeq(seq, seq.num_computed_tokens, num, samples, is_first))
+        seq.num_computed_tokens += num
+        seq.num_pending_tokens += samples
+        seq.num_inflight_steps += 1
+        self.blocks.commit(seq)
+        return num
+
+    def _admit(self, step: SchedulerOutput, budget: int, now_ns: int) -> None:
+        """Strictly in order: when the head of the queue does not fit, nobody behind it goes first."""
+        while (seq := self._head_of_queue()) is not None:
+            if self._is_remote(seq):
+                if len(self.running) + len(self.ready) + len(self.waiting_kv) >= self._max_num_seqs_with_kv or not self._allocate(
+                    seq, now_ns
+                ):
+                    return
+                self.waiting_kv[seq.seq_id] = seq
+                seq.transfer_start_ns = now_ns
+                self.connector.on_allocated(seq)
+                self._event("TRANSFER_START", seq)
+            else:
+                if not budget or len(self.running) >= self.max_num_seqs or not self._allocate(seq, now_ns):
+                    return
+                self.running[seq.seq_id] = seq
+                if self._is_prefill_only(seq):
+                    seq.transfer_start_ns = now_ns
+                    self.connector.on_allocated(seq)
+                self._event("PREFILL_START", seq)
+                budget -= self._include(step, seq, budget, is_first=True)
+
+    def _head_of_queue(self) -> Sequence | None:
+        if self.preempted:
+            return self.preempted[min(self.preempted)]
+        return next(iter(self.waiting.values()), None)
+
+    def _allocate(self, seq: Sequence, now_ns: int) -> bool:
+        """Blocks for every token ``seq`` has, and one to spare for each sequence that is growing, lest it be preempted at once."""
+        num_growing = 0 if self.role is Role.PREFILL else len(self.running) + len(self.ready)
+        if not self.blocks.allocate(seq, seq.num_tokens, reserve=num_growing):
+            return False
+        self._leave_queue(seq)
+        if not seq.scheduled_ns:
+            seq.scheduled_ns = now_ns
+            seq.num_cached_tokens = seq.num_computed_tokens
+            self.prompt_tokens += seq.num_prompt_tokens
+            self.prefix_query_tokens += seq.num_prompt_tokens
+            self.prefix_hit_tokens += seq.num_cached_tokens
+        return True
+
+    def _seal(self, step: SchedulerOutput) -> SchedulerOutput:
+        step.scheduled.sort(key=lambda item: item.num_tokens > 1)
+        step.gone, self._gone = self._gone, []
+        step.transfer = self.connector.step_meta(step)
+        self._num_steps += bool(step.scheduled)
+        return step
+
+    # ---- KV from and to other nodes ----------------------------------------------------------------------------------
+
+    def _is_prefill_only(self, seq: Sequence) -> bool:
+        """This node computes the prompt and one token; a decode node goes on."""
+        return self.role is Role.PREFILL and seq.transfer is not None
+
+    def _is_remote(self, seq: Sequence) -> bool:
+        """The prompt's KV will arrive. Not again after a preemption: what has arrived once is recomputed here."""
+        return (
+            self.role is Role.DECODE and seq.transfer is not None and not seq.output_token_ids and self.connector.num_remote_tokens(seq) > 0
+        )
+
+    @property
+    def _max_num_seqs_with_kv(self) -> int:
+        return self.max_num_seqs + self.options.max_num_pretransfer_seqs
+
+    def _hear_connector(self, now_ns: int) -> None:
+        news = self.connector.poll()
+        for seq_id in news.sent:
+            self._release_held(seq_id)
+        for seq_id, first in news.received.items():
+            if (seq := self.waiting_kv.get(seq_id)) is not None:
+                self._receive(seq, first, now_ns)
+        for seq_id, why in news.doomed.items():
+            if (seq := self._find(seq_id)) is not None:
+                self._fail(seq, FinishReason.ERROR, TransferFailed.type, why, now_ns)
+        for seq_id, why in news.failed.items():
+            if (seq := self._find(seq_id)) is not None:
+                self._fail(seq, FinishReason.ERROR, TransferFailed.type, why, now_ns, is_connector_done=True)
+            self._release_held(seq_id)
+
+    def _receive(self, seq: Sequence, first: FirstToken, now_ns: int) -> None:
+        """All KV of the prompt and the first token are here."""
+        del self.waiting_kv[seq.seq_id]
+        self.ready[seq.seq_id] = seq
+        seq.num_computed_tokens = seq.num_prompt_tokens
+        seq.transfer_end_ns = now_ns
+        self._event("TRANSFER_END", seq)
+        self._event("DECODE_QUEUED", seq)
+        self.blocks.commit(seq)
+        self._append(seq, first.token_id, first.logprob, now_ns)
+
+    def _promote_ready(self) -> None:
+        while self.ready and len(self.running) < self.max_num_seqs:
+            seq_id = next(iter(self.ready))  # in order of arrival of their KV
+            self.running[seq_id] = self.ready.pop(seq_id)
+
+    def _release_held(self, seq_id: int) -> None:
+        if (seq := self.held.pop(seq_id, None)) is not None:
+            self._free(seq)
+
+    # ---- the end of a sequence ---------------------------------------------------------------------------------------
+
+    def _append(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None, now_ns: int) -> None:
+        """The next output token of ``seq`` is known."""
+        seq.output_token_ids.append(token_id)
+        if not seq.first_token_ns:
+            seq.first_token_ns = now_ns
+            if not seq.transfer_end_ns:
+                seq.prefill_end_ns = now_ns
+                self._event("PREFILL_END", seq)
+            self._event("FIRST_TOKEN", seq)
+        finish = finish_of(seq, self.max_model_len)
+        if self._is_prefill_only(seq):
+            finish = finish or Finish(FinishReason.LENGTH)
+            self.connector.on_first_token(seq, FirstToken(token_id, logprob))
+        update = SequenceUpdate(seq.request_id, [token_id], logprobs=[logprob] if logprob else None)
+        if finish:
+            update.finish, update.stop_reason = finish.reason, finish.stop_token_id
+            self.blocks.commit(seq)
+            self._retire(seq, finish.reason)
+            self._event("FINISHED", seq, reason=finish.reason.value, num_output_tokens=len(seq.output_token_ids))
+        if finish or len(seq.output_token_ids) == 1:
+            _add_phases(update, seq)
+        self._updates.append(update)
+
+    def _fail(self, seq: Sequence, reason: FinishReason, type_: str, message: str, now_ns: int, *, is_connector_done: bool = False) -> None:
+        """End ``seq`` with an error towards its client."""
+        self._retire(seq, reason, is_connector_done=is_connector_done)
+        self._event("ABORTED" if reason is FinishReason.ABORT else "FAILED", seq, error=type_, message=message)
+        update = SequenceUpdate(seq.request_id, [], finish=reason, error_type=type_, error=message)
+        _add_phases(update, seq)
+        self._updates.append(update)
+
+    def _retire(self, seq: Sequence, reason: FinishReason, *, is_connector_done: bool = False) -> None:
+        """``seq`` never runs again. Its blocks go as soon as neither the connector nor a scheduled step needs them."""
+        seq.finish_reason = reason
+        self._leave_queue(seq)
+        del self._by_request[seq.request_id]
+        self._gone.append(seq.seq_id)
+        if seq.transfer is not None and not is_connector_done and self.connector.on_finished(seq):
+            self.held[seq.seq_id] = seq
+        else:
+            self._free(seq)
+
+    def _free(self, seq: Sequence) -> None:
+        if seq.num_inflight_steps:
+            self.draining[seq.seq_id] = seq
+        else:
+            self.blocks.free(seq)
+
+    def _expire(self, now_ns: int) -> None:
+        while (deadline := self.next_deadline_ns) is not None and deadline <= now_ns:
+            seq = heapq.heappop(self._deadlines)[2]
+            message = f"no first token within {self.options.waiting_timeout_s:g} s of arrival (waiting_timeout)"
+            self._fail(seq, FinishReason.ERROR, RequestTimeout.type, message, now_ns)
+
+    # ---- what others may ask -----------------------------------------------------------------------------------------
+
+    @property
+    def next_deadline_ns(self) -> int | None:
+        """When ``schedule`` must be called at the latest, for the time-outs' sake."""
+        while self._deadlines and (self._deadlines[0][2].is_finished or self._deadlines[0][2].first_token_ns):
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.preempted)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running) + len(self.ready)
+
+    @property
+    def is_idle(self) -> bool:
+        """No sequence anywhere, and the connector waits for nothing."""
+        return not any(self._queues) and not self.connector.has_pending
+
+    def check(self) -> int:
+        """Leaked blocks (see BlockManager.check). O(blocks in use)."""
+        return self.blocks.check(chain.from_iterable(queue.values() for queue in self._queues))
+
+    @property
+    def _queues(self) -> tuple[dict[int, Sequence], ...]:
+        return (self.waiting, self.preempted, self.waiting_kv, self.ready, self.running, self.held, self.draining)
+
+    def _find(self, seq_id: int) -> Sequence | None:
+        """A sequence that is not finished."""
+        for queue in (self.waiting_kv, self.running, self.ready, self.waiting, self.preempted):
+            if (seq := queue.get(seq_id)) is not None:
+                return seq
+        return None
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        for queue in self._queues:
+            if queue.pop(seq.seq_id, None) is not None:
+                return
+
+    def _event(self, name: str, seq: Sequence, **args: Any) -> None:
+        if self._events is None:
+            return
+        request_id, _, index = seq.request_id.rpartition(":")  # "<x-request-id>:<index of n>"
+        args["request_id"] = request_id if request_id and index.isdecimal() else seq.request_id
+        if seq.transfer is not None:
+            args["comm_request_id"] = seq.transfer.comm_request_id
+        self._events.instant(name, "request", seq_id=seq.seq_id, **args)
+
+
+def _add_phases(update: SequenceUpdate, seq: Sequence) -> None:
+    update.num_cached_tokens = seq.num_cached_tokens
+    update.scheduled_ns = seq.scheduled_ns
+    update.prefill_end_ns = seq.prefill_end_ns
+    update.first_token_ns = seq.first_token_ns
+    update.transfer_start_ns = seq.transfer_start_ns
+    update.transfer_end_ns = seq.transfer_end_ns
+    update.num_preemptions = seq.num_preemptions
