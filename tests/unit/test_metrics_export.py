@@ -1,0 +1,56 @@
+"""Tables and files that leave the project: their columns and keys are promises."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from ksana_lab.errors import ConfigError
+from ksana_lab.metrics.export import gaps_frame, load_records, save_records, to_frame, vllm_result, write_csv
+from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.metrics.summary import SLO, summarize
+
+
+def records() -> list[RequestRecord]:
+    good = RequestRecord("a", 4, 3, sent_s=1.0, token_times_s=[1.5, 1.6, 1.8], token_counts=[1] * 3, labels={"rate": 4}, finished_s=1.8)
+    return [good, RequestRecord("b", 4, sent_s=1.0, finished_s=1.1, error="503: unavailable")]
+
+
+def test_frame_has_a_row_per_request_with_metrics_and_labels(tmp_path):
+    frame = pd.read_csv(write_csv(to_frame(records(), split="1P1D"), tmp_path / "deep" / "r.csv"))
+    assert frame.ttft_s[0] == pytest.approx(0.5)
+    assert list(frame.is_ok) == [True, False]
+    assert (frame["rate"][0], frame["split"][0]) == (4, "1P1D")
+
+
+def test_gaps_frame_has_a_row_per_gap():
+    assert list(gaps_frame(records()).itl_s) == pytest.approx([0.1, 0.2])
+    assert gaps_frame([]).empty
+
+
+def test_records_survive_a_file(tmp_path):
+    assert load_records(save_records(records(), tmp_path / "r.jsonl")) == records()
+
+
+def test_records_of_another_version_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps({"ksana_lab_records": 0}) + "\n")
+    with pytest.raises(ConfigError, match="version 0; this ksana_lab reads version 1"):
+        load_records(path)
+
+
+def test_a_file_that_holds_no_records_is_refused(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="not a records file"):
+        load_records(path)
+
+
+def test_vllm_result_has_vllms_keys_in_milliseconds():
+    result = vllm_result(records(), summarize(records(), slo=SLO(ttft_s=1.0)))
+    for kind in ("mean", "median", "std", "p99"):
+        assert {f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")} <= result.keys()
+    assert result["mean_ttft_ms"] == pytest.approx(500)
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (1, 1, 3)
+    assert result["errors"] == ["", "503: unavailable"]
+    json.dumps(result, allow_nan=False)
