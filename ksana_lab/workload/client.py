@@ -1,0 +1,255 @@
+"""One request over HTTP, timed: sends it, stamps each piece of the answer as it comes in, and writes a RequestRecord.
+
+While an answer streams, only clock and bytes are kept: JSON is parsed when the answer is over (or when it outgrows a bound), so that
+reading one answer does not delay the stamps of another. Speaks KsanaLLM's /generate and the OpenAI streams, so a peer can be measured
+with the same client. Knows nothing of when to send: see loadgen.py. Proxy variables of the environment are never used."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import aiohttp
+import orjson
+
+from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.metrics.summary import CANCELLED
+from ksana_lab.workload.spec import Endpoint, Sampling, WorkloadRequest
+
+_PATHS: dict[Endpoint, str] = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v1/chat/completions"}
+_MAX_KEPT_BYTES = 1 << 18  # of one answer before it is parsed in passing
+_MAX_ERROR_BYTES = 4096
+_GENERATE_MAX_TOPK = 1024  # /generate knows no "off": its widest is this
+_WORDS = ("time", "year", "day", "man", "world", "life", "hand", "part", "child", "eye", "place", "work", "week", "case", "point", "fact")
+
+
+class Client:
+    """A pooled connection to one server. ``async with Client(url, "generate") as client: record = await client.send(request)``."""
+
+    def __init__(
+        self,
+        base_url: str,
+        endpoint: Endpoint = "generate",
+        *,
+        model: str | None = None,
+        sampling: Sampling | None = None,
+        timeout_s: float = 600.0,
+        connect_timeout_s: float = 10.0,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.endpoint, self.model = endpoint, model
+        self.sampling = sampling or Sampling()
+        self._url = self.base_url + _PATHS[endpoint]
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Client:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=self._timeout, trust_env=False, auto_decompress=False
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def node_info(self) -> dict[str, Any]:
+        """The first entry of /v1/models (id, and on our nodes max_model_len and vocab_size); {} where the server has none to show."""
+        assert self._session is not None, "use `async with`"
+        try:
+            async with self._session.get(self.base_url + "/v1/models") as response:
+                data = (await response.json(content_type=None))["data"]
+                return dict(data[0]) if response.status == 200 and data else {}
+        except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+            return {}
+
+    def encode(self, request: WorkloadRequest) -> bytes:
+        """The request's body. Made before the clock starts: a long prompt takes longer to encode than to send."""
+        body = _generate_body(request, self.sampling) if self.endpoint == "generate" else self._openai_body(request)
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    async def send(
+        self, request: WorkloadRequest, body: bytes | None = None, *, request_id: str, scheduled_s: float | None = None
+    ) -> RequestRecord:
+        """Sends and reads to the end. Never raises for what a server or a network does: ``record.error`` says it. Cancelling this task
+        closes the connection and raises CancelledError."""
+        assert self._session is not None, "use `async with`"
+        body = self.encode(request) if body is None else body
+        record = RequestRecord(request_id, request.num_prompt_tokens, scheduled_s=scheduled_s, labels={"index": request.index})
+        answer = _Answer(self.endpoint, record, request, expects_all=self.sampling.ignore_eos)
+        record.sent_s = time.monotonic()
+        try:
+            async with self._session.post(self._url, data=body, headers={**self._headers, "x-request-id": request_id}) as response:
+                if response.status != 200:
+                    text = (await response.content.read(_MAX_ERROR_BYTES)).decode("utf-8", "replace")
+                    record.error = f"{response.status}: {_error_message(text)}"
+                else:
+                    await answer.read(response.content)
+        except (asyncio.TimeoutError, TimeoutError):
+            record.error = f"timeout: no end after {self._timeout.total:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            record.error = f"connection: {type(error).__name__}: {error}"
+        record.finished_s = time.monotonic()
+        answer.finish()
+        return record
+
+    def _openai_body(self, request: WorkloadRequest) -> dict[str, Any]:
+        sampling = self.sampling
+        body: dict[str, Any] = {
+            "model": self.model or "",
+            "max_tokens": request.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "ignore_eos": sampling.ignore_eos,
+            "seed": request.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if self.endpoint == "chat":
+            words = (_WORDS[i % len(_WORDS)] for i in request.prompt_token_ids)
+            return body | {"messages": [{"role": "user", "content": " ".join(words)}]}
+        return body | {"prompt": request.prompt_token_ids}
+
+
+def _generate_body(request: WorkloadRequest, sampling: Sampling) -> dict[str, Any]:
+    is_greedy = sampling.temperature == 0
+    config = {
+        "topk": 1 if is_greedy else sampling.top_k or _GENERATE_MAX_TOPK,
+        "topp": sampling.top_p,
+        "temperature": sampling.temperature,
+        "max_new_tokens": request.max_tokens,
+        "ignore_eos": sampling.ignore_eos,
+    }
+    if not is_greedy:
+        config |= {"do_sample": True, "seed": request.seed}
+    return {"input_tokens": request.prompt_token_ids, "stream": True, "sampling_config": config}
+
+
+class _Answer:
+    """Reads one streamed answer into its record. ``expects_all``: fewer tokens than asked for are a failure, not an early stop."""
+
+    def __init__(self, endpoint: Endpoint, record: RequestRecord, request: WorkloadRequest, *, expects_all: bool) -> None:
+        self._is_generate = endpoint == "generate"
+        self._end = b"\0" if self._is_generate else b"\n"  # of a message; an SSE event of an OpenAI stream is one line of data
+        self._record, self._request, self._expects_all = record, request, expects_all
+        self._pieces: list[tuple[float, bytes]] = []
+        self._kept_bytes = 0
+        self._rest = b""  # bytes of a message whose end has not come
+        self._texts: list[str] = []
+        self._usage: dict[str, Any] = {}
+        self._is_cut_off = False
+
+    async def read(self, content: aiohttp.StreamReader) -> None:
+        """To the end, or to the point where the client is to hang up."""
+        limit, marker = self._request.cancel_after_messages, b"\0" if self._is_generate else b"data:"
+        num_messages = 0
+        while limit is None or num_messages < limit:
+            piece = await content.readany()
+            if not piece:
+                return
+            self._pieces.append((time.monotonic(), piece))
+            self._kept_bytes += len(piece)
+            if self._kept_bytes > _MAX_KEPT_BYTES:
+                self._parse()
+            if limit is not None:
+                num_messages += piece.count(marker)
+        self._is_cut_off = True
+
+    def finish(self) -> None:
+        """Parses what is left and decides whether the request completed."""
+        self._parse()
+        record = self._record
+        if not self._is_generate:
+            record.text = "".join(self._texts)
+            record.num_prompt_tokens = self._usage.get("prompt_tokens", record.num_prompt_tokens)
+            record.num_output_tokens = self._usage.get("completion_tokens", record.num_output_tokens)
+        if self._is_cut_off and record.error is None:
+            record.error, record.finish_reason = "cancelled by the client", CANCELLED
+        elif record.error is None:
+            record.error = self._what_is_missing()
+            if record.error is None and record.finish_reason is None:
+                record.finish_reason = "length" if record.num_output_tokens >= self._request.max_tokens else "stop"
+
+    def _what_is_missing(self) -> str | None:
+        """KsanaLLM's nodes, and proxies whose upstream died, just end the stream: count before calling it complete."""
+        num_tokens, asked = self._record.num_output_tokens, self._request.max_tokens
+        if not self._record.token_times_s:
+            return "the answer ended without a token"
+        if self._expects_all and num_tokens < asked:
+            return f"the answer ended after {num_tokens} of {asked} tokens"
+        if not self._is_generate and self._record.finish_reason is None:
+            return f"the answer ended after {num_tokens} tokens without a finish_reason"
+        return None
+
+    def _parse(self) -> None:
+        take = self._generate_message if self._is_generate else self._openai_line
+        for at_s, piece in self._pieces:
+            *messages, self._rest = (self._rest + piece).split(self._end)
+            for message in messages:
+                take(at_s, message.strip())
+        self._pieces, self._kept_bytes = [], 0
+
+    def _generate_message(self, at_s: float, message: bytes) -> None:
+        """Cumulative: each message holds the whole output so far."""
+        if not message or message == b"[DONE]":
+            return
+        body = _json_object(message)
+        if "output_token_ids" not in body:
+            self._record.error = self._record.error or f"in the stream: {_error_message(message.decode('utf-8', 'replace'))}"
+            return
+        ids = body["output_token_ids"][0] if body["output_token_ids"] else []
+        self._stamp(at_s, len(ids) - self._record.num_output_tokens)
+        self._record.num_output_tokens = len(ids)
+        self._record.output_token_ids = ids
+        self._record.text = (body.get("texts") or [None])[0]
+
+    def _openai_line(self, at_s: float, line: bytes) -> None:
+        data = line[5:].strip() if line.startswith(b"data:") else b""
+        if not data or data == b"[DONE]":
+            return
+        body = _json_object(data)
+        if "choices" not in body:
+            self._record.error = self._record.error or f"in the stream: {_error_message(data.decode('utf-8', 'replace'))}"
+            return
+        usage = body.get("usage") or {}
+        counted = usage.get("completion_tokens", 0) - self._usage.get("completion_tokens", 0)
+        self._usage = usage or self._usage
+        for choice in body["choices"]:
+            text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            self._record.finish_reason = choice.get("finish_reason") or self._record.finish_reason
+            if text or (usage and counted > 0):
+                self._texts.append(text)
+                num_tokens = counted if usage and counted > 0 else 1  # a server that does not count along: one token a message
+                self._stamp(at_s, num_tokens)
+                self._record.num_output_tokens += num_tokens
+
+    def _stamp(self, at_s: float, num_tokens: int) -> None:
+        if num_tokens > 0:
+            self._record.token_times_s.append(at_s)
+            self._record.token_counts.append(num_tokens)
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(data)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _error_message(text: str) -> str:
+    """The message inside OpenAI's ``{"error": {"message"}}`` or FastAPI's ``{"detail"}``, else the text itself."""
+    body = _json_object(text.encode())
+    error = body.get("error") or body.get("detail") or body.get("message") or text
+    if isinstance(error, dict):
+        error = f"{error.get('type', 'error')}: {error.get('message', error)}"
+    return str(error)[:500].strip() or "empty body"
