@@ -1,0 +1,136 @@
+"""KV over shared memory: D's cache is an anonymous memory file, P maps it and copies into it; notices go over a local stream.
+
+The file (memfd) has no name: P gets it as a descriptor over the stream, and the kernel frees it with the last process that maps it, so
+nothing can be left behind. It counts against the memory limit of the process, not against the size of /dev/shm. Linux only.
+
+P writes into D's memory by itself, so D cannot fence: it waits until P says that it has stopped, or until P's end of the stream is closed,
+which P does only when no copy is under way, or by dying."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import socket
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from ksana_lab.errors import TransferError
+from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial
+from ksana_lab.transfer.backends.tcp import host_view
+from ksana_lab.transfer.base import Link, LinkEvents, ServerEvents, Ticket
+from ksana_lab.transfer.plan import Copies
+
+log = logging.getLogger(__name__)
+
+
+def is_supported() -> bool:
+    return hasattr(os, "memfd_create") and hasattr(socket, "send_fds")
+
+
+class ShmLink:
+    def __init__(self, stream: StreamLink, source: np.ndarray, target: np.ndarray) -> None:
+        self._stream, self._source = stream, source
+        self._target: np.ndarray | None = target  # None = closed
+        self._lock = threading.Lock()  # held while a write copies
+
+    def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
+        with self._lock:
+            source, target = self._source, self._target
+            if target is None:
+                raise TransferError("the link is closed")
+            if len(copies) and (int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > len(target)):
+                raise TransferError(f"a write outside the peer's cache of {len(target)} bytes")
+            for a, b, n in copies.tolist():
+                target[b : b + n] = source[a : a + n]
+        return DONE
+
+    def notify(self, window: int, token: int, notice: bytes) -> None:
+        self._stream.notify(window, token, notice)
+
+    def close(self) -> None:
+        with self._lock:  # a copy under way ends first: to the peer, the end of the stream means that nobody writes
+            self._target = None
+        self._stream.close()
+
+
+class ShmBackend:
+    name = "shm"
+
+    def __init__(self) -> None:
+        if not is_supported():
+            raise TransferError("backend shm needs Linux (memfd_create); use tcp")
+        self._fd = -1
+        self._memory: torch.Tensor | None = None
+        self._server: StreamServer | None = None
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            raise TransferError(f"backend shm keeps the KV cache in host memory, not on {device}")
+        self._fd = os.memfd_create("ksana_lab-kv", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)  # now, instead of a bus error at the first touch
+            memory = mmap.mmap(self._fd, nbytes)
+        except OSError as error:
+            os.close(self._fd)
+            self._fd = -1
+            raise TransferError(f"cannot get {nbytes / 2**20:.0f} MiB of shared memory for the KV cache: {error}") from error
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        return self._memory
+
+    def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
+        if self._memory is None or cache.data_ptr() != self._memory.data_ptr():
+            raise TransferError("backend shm can serve only the memory it allocated")
+        name = f"ksana_lab-kv-{os.getpid()}-{secrets.token_hex(8)}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(f"\0{name}")  # abstract: no file, gone with the process
+        listener.listen(128)
+        self._server = StreamServer(listener, events, cache_bytes=cache.numel(), fds=(self._fd,))
+        return {"name": name, "secret": self._server.secret}
+
+    def connect(self, endpoint: dict[str, Any], cache: torch.Tensor, session: int, events: LinkEvents, timeout_s: float) -> Link:
+        try:
+            name, secret = str(endpoint["name"]), str(endpoint["secret"])
+        except (KeyError, TypeError) as error:
+            raise TransferError(f"the decode rank's shm endpoint is malformed: {error!r}") from error
+        source = np.frombuffer(host_view(cache, self.name), np.uint8)
+        sock = dial(socket.AF_UNIX, f"\0{name}", timeout_s)
+        stream = StreamLink(sock, secret, session, events, timeout_s, max_fds=1)
+        try:
+            if len(stream.fds) != 1 or os.fstat(stream.fds[0]).st_size != stream.peer_bytes:
+                raise TransferError("the decode rank sent no memory, or memory of another size than it says")
+            # Page tables are filled now, not by the first request.
+            memory = mmap.mmap(stream.fds[0], stream.peer_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        except (OSError, ValueError) as error:
+            stream.close()
+            raise TransferError(f"cannot map the decode rank's memory: {error}") from error
+        except TransferError:
+            stream.close()
+            raise
+        stream.start()
+        return ShmLink(stream, source, np.frombuffer(memory, np.uint8))
+
+    def open_window(self, window: int) -> None:
+        assert self._server is not None
+        self._server.open_window(window)
+
+    def close_window(self, window: int) -> bool:
+        return self._server is None or self._server.close_window(window)
+
+    def num_writers(self, session: int) -> int:
+        return 0 if self._server is None else self._server.num_writers(session)
+
+    def forget(self, session: int) -> None:
+        if self._server is not None:
+            self._server.forget(session)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

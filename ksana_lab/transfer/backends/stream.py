@@ -1,0 +1,466 @@
+"""Framed streams between a P rank and a D rank: the way of notices for every backend, and of the bytes themselves for tcp.
+
+A frame is a fixed header and what the header announces; every length is checked before anything is allocated or written. A writer must
+present the endpoint's secret first. The server (D) has one thread per connection, so no slow peer holds up another; the client (P) sends
+from its caller's thread and reads acknowledgements on one of its own. Knows windows, offsets and bytes; no requests, no layers.
+
+Frames, little-endian header ``<IBBHIQQQ`` = magic, version, kind, status, runs, window, token, nbytes:
+    HELLO   P→D  window = session, payload = secret         READY  D→P  window = bytes of the cache (may carry a file descriptor)
+    WRITE   P→D  runs × (offset, bytes), then the bytes    NOTICE P→D  payload; answered by    ACK  D→P  status, payload = error text"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ksana_lab.errors import TransferError
+from ksana_lab.transfer.base import LinkEvents, ServerEvents
+from ksana_lab.transfer.plan import Copies
+
+log = logging.getLogger(__name__)
+
+MAGIC, VERSION = 0x4B4C5456, 1  # "KLTV"
+HELLO, READY, WRITE, NOTICE, ACK = range(1, 6)
+OK, REFUSED = 0, 1
+HEADER = struct.Struct("<IBBHIQQQ")
+MAX_COPIES = 1 << 22
+MAX_NOTICE_BYTES = MAX_COPIES * 16 + 4096
+MAX_CONNECTIONS = 1024
+STALL_S = 30.0  # a peer that stops in the middle of a frame for this long is given up
+_IOV_MAX = 1024  # buffers per system call
+_SCRATCH_BYTES = 1 << 18
+
+
+class Frame(NamedTuple):
+    kind: int
+    status: int
+    num_runs: int
+    window: int
+    token: int
+    nbytes: int
+
+    def pack(self) -> bytes:
+        return HEADER.pack(MAGIC, VERSION, *self)
+
+
+class Wire:
+    """A connected, non-blocking socket with bounded waits. Reads and writes may happen on two threads; ``shutdown`` on any."""
+
+    def __init__(self, sock: socket.socket, stall_s: float = STALL_S) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock = sock
+        self.stall_s = stall_s
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable.register(sock, select.POLLOUT)
+
+    def wait_readable(self, timeout_s: float | None) -> None:
+        """Raises TransferError when nothing comes for ``timeout_s`` (None = wait for ever, until ``shutdown``)."""
+        if not self._readable.poll(None if timeout_s is None else timeout_s * 1000):
+            raise TransferError(f"the peer sent nothing for {timeout_s:g} s")
+
+    def receive(self, nbytes: int, *, idle_s: float | None) -> bytearray:
+        """Exactly ``nbytes``; the first may take ``idle_s`` (None = for ever). Raises TransferError at end of stream."""
+        buffer = bytearray(nbytes)
+        view, timeout_s = memoryview(buffer), idle_s
+        while view:
+            try:
+                got = self.sock.recv_into(view)
+            except BlockingIOError:
+                self.wait_readable(timeout_s)
+                continue
+            if not got:
+                raise TransferError("the peer closed the connection")
+            view, timeout_s = view[got:], self.stall_s
+        return buffer
+
+    def receive_frame(self, *, idle_s: float | None) -> Frame:
+        """Raises TransferError for anything but a frame of this version."""
+        magic, version, *rest = HEADER.unpack(self.receive(HEADER.size, idle_s=idle_s))
+        if (magic, version) != (MAGIC, VERSION):
+            raise TransferError(f"not a frame of version {VERSION}: magic {magic:#x}, version {version}")
+        return Frame(*rest)
+
+    def send(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+        """All of ``buffers``. Raises TransferError when the peer takes nothing for ``stall_s``."""
+        views = [memoryview(b) for b in buffers]
+        first = 0
+        while first < len(views):
+            try:
+                sent = self.sock.sendmsg(views[first : first + _IOV_MAX])
+            except BlockingIOError:
+                if not self._writable.poll(self.stall_s * 1000):
+                    raise TransferError(f"the peer took nothing for {self.stall_s:g} s") from None
+                continue
+            first = _advance(views, first, sent)
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        try:
+            self.sock.shutdown(how)
+        except OSError:
+            pass  # it is not connected any more, which is what was asked for
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def _advance(views: list[memoryview], first: int, nbytes: int) -> int:
+    """Cut ``nbytes`` off the front of ``views[first:]``; returns the new first one that is not empty."""
+    while first < len(views) and nbytes >= len(views[first]):
+        nbytes -= len(views[first])
+        first += 1
+    if nbytes:
+        views[first] = views[first][nbytes:]
+    return first
+
+
+# ---- the server: a decode rank ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Window:
+    is_open: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while bytes of it move from the kernel into the cache
+
+
+@dataclass(eq=False)
+class _Writer:
+    wire: Wire
+    session: int = 0
+    first_ns: int = 0  # when the first byte behind the next notice was seen
+    thread: threading.Thread | None = None
+
+
+class StreamServer:
+    """Accepts writers of one cache. With ``cache`` it takes WRITE frames, and closing a window fences them; without, the writers have
+    another way to the memory, and only notices pass here."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        events: ServerEvents,
+        *,
+        cache_bytes: int,
+        cache: memoryview | None = None,
+        fds: Sequence[int] = (),
+        stall_s: float = STALL_S,
+    ) -> None:
+        self.secret = secrets.token_hex(16)
+        self._listener, self._events = listener, events
+        self._cache, self._cache_bytes, self._fds = cache, cache_bytes, tuple(fds)
+        self._stall_s = stall_s
+        self._lock = threading.Lock()
+        self._windows: dict[int, _Window] = {}
+        self._writers: set[_Writer] = set()
+        self._forgotten: dict[int, None] = {}
+        self._is_closed = False
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._thread = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
+        self._thread.start()
+
+    def open_window(self, window: int) -> None:
+        with self._lock:
+            self._windows[window] = _Window()
+
+    def close_window(self, window: int) -> bool:
+        with self._lock:
+            found = self._windows.pop(window, None)
+        if found is not None:
+            with found.lock:  # at most one copy out of the kernel's buffer is waited for
+                found.is_open = False
+        return self._cache is not None
+
+    def num_writers(self, session: int) -> int:
+        with self._lock:
+            return sum(w.session == session for w in self._writers)
+
+    def forget(self, session: int) -> None:
+        with self._lock:
+            self._forgotten[session] = None
+            while len(self._forgotten) > 4096:
+                del self._forgotten[next(iter(self._forgotten))]
+            writers = [w for w in self._writers if w.session == session]
+        for writer in writers:
+            # Who reaches the memory by itself must go of its own accord: its end of the connection says that it has stopped.
+            writer.wire.shutdown(socket.SHUT_RDWR if self._cache is not None else socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Ends every connection. May be called twice."""
+        with self._lock:
+            self._is_closed = True
+            writers = list(self._writers)
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes ``accept``
+        except OSError:
+            pass  # closed before
+        self._listener.close()
+        for writer in writers:
+            writer.wire.shutdown()
+        for thread in (self._thread, *(w.thread for w in writers)):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(timeout=5)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                if self._is_closed:
+                    return
+                log.exception("accepting a KV connection failed")
+                time.sleep(0.1)  # out of file descriptors, most likely: the backlog would spin
+                continue
+            writer = _Writer(Wire(sock, self._stall_s))
+            with self._lock:
+                is_welcome = not self._is_closed and len(self._writers) < MAX_CONNECTIONS
+                if is_welcome:
+                    self._writers.add(writer)
+            if not is_welcome:
+                sock.close()
+                continue
+            writer.thread = threading.Thread(target=self._serve, args=(writer,), name="kv-receive", daemon=True)
+            writer.thread.start()
+
+    def _serve(self, writer: _Writer) -> None:
+        reason = "the connection ended"
+        try:
+            self._greet(writer)
+            while True:
+                self._take(writer, writer.wire.receive_frame(idle_s=None))
+        except (TransferError, OSError) as error:
+            reason = str(error)
+        except Exception:
+            log.exception("receiving KV failed")
+            reason = "internal error of the receiver"
+        finally:
+            with self._lock:
+                self._writers.discard(writer)
+            writer.wire.close()
+        if writer.session and not self._is_closed:
+            self._events.on_writer_gone(writer.session, reason)
+        elif not writer.session:
+            log.warning("turned a KV connection away: %s", reason)
+
+    def _greet(self, writer: _Writer) -> None:
+        hello = writer.wire.receive_frame(idle_s=5.0)
+        if hello.kind != HELLO or hello.nbytes != len(self.secret) or not hello.window:
+            raise TransferError("the peer did not say hello")
+        offered = writer.wire.receive(hello.nbytes, idle_s=5.0)
+        if not hmac.compare_digest(bytes(offered), self.secret.encode()):
+            raise TransferError("the peer does not know this endpoint's secret")
+        ready = Frame(READY, OK, 0, self._cache_bytes, 0, 0).pack()
+        with self._lock:
+            if hello.window in self._forgotten:
+                raise TransferError(f"session {hello.window} is over")
+            writer.session = hello.window
+        if self._fds:
+            socket.send_fds(writer.wire.sock, [ready], self._fds)
+        else:
+            writer.wire.send([ready])
+
+    def _take(self, writer: _Writer, frame: Frame) -> None:
+        writer.first_ns = writer.first_ns or time.monotonic_ns()
+        if frame.kind == WRITE and self._cache is not None:
+            self._take_write(writer.wire, frame)
+        elif frame.kind == NOTICE and frame.nbytes <= MAX_NOTICE_BYTES:
+            notice = bytes(writer.wire.receive(frame.nbytes, idle_s=self._stall_s))
+            self._answer(writer, frame, notice)
+        else:
+            raise TransferError(f"unexpected frame of kind {frame.kind}, {frame.nbytes} bytes")
+
+    def _take_write(self, wire: Wire, frame: Frame) -> None:
+        assert self._cache is not None
+        if not 0 < frame.num_runs <= MAX_COPIES:
+            raise TransferError(f"a write of {frame.num_runs} runs")
+        table = np.frombuffer(wire.receive(frame.num_runs * 16, idle_s=self._stall_s), "<i8").reshape(-1, 2)
+        offsets, sizes = table[:, 0], table[:, 1]
+        fits = (offsets >= 0) & (sizes > 0) & (sizes <= self._cache_bytes) & (offsets <= self._cache_bytes - sizes)
+        if not fits.all() or int(sizes.sum()) != frame.nbytes:
+            raise TransferError(f"a write outside the cache of {self._cache_bytes} bytes, or of another size than announced")
+        with self._lock:
+            window = self._windows.get(frame.window)
+        views = [self._cache[offset : offset + size] for offset, size in table.tolist()]
+        self._fill(wire, views, window)
+
+    def _fill(self, wire: Wire, views: list[memoryview], window: _Window | None) -> None:
+        """Receive into ``views`` for as long as the window is open; what comes later is read and thrown away."""
+        first, left = 0, sum(map(len, views))
+        while left:
+            try:
+                if window is not None:
+                    with window.lock:
+                        if window.is_open:
+                            got = wire.sock.recvmsg_into(views[first : first + _IOV_MAX])[0]
+                            first = _advance(views, first, got)
+                        else:
+                            window = None
+                            continue
+                else:
+                    got = wire.sock.recv_into(self._scratch[:left])
+            except BlockingIOError:
+                wire.wait_readable(wire.stall_s)
+                continue
+            if not got:
+                raise TransferError("the peer closed the connection in the middle of a write")
+            left -= got
+
+    def _answer(self, writer: _Writer, frame: Frame, notice: bytes) -> None:
+        with self._lock:
+            is_open = frame.window in self._windows
+        first_ns, writer.first_ns = writer.first_ns, 0
+        error: str | None = "the decode node does not expect this request any more"
+        if is_open:
+            error = self._events.on_notice(writer.session, frame.window, notice, first_ns)
+        text = (error or "").encode()[:4096]
+        writer.wire.send([Frame(ACK, REFUSED if error else OK, 0, frame.window, frame.token, len(text)).pack(), text])
+
+
+# ---- the client: a prefill rank -----------------------------------------------------------------------------------------
+
+
+class Done:
+    """The ticket of a write that needs no waiting."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+DONE = Done()
+
+
+class StreamLink:
+    """A writer's end. ``max_fds``: how many file descriptors READY carries (``fds``)."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        secret: str,
+        session: int,
+        events: LinkEvents,
+        timeout_s: float,
+        *,
+        source: memoryview | None = None,
+        max_fds: int = 0,
+        stall_s: float = STALL_S,
+    ) -> None:
+        """``sock`` is connected. Raises TransferError when the server does not accept; the socket is closed then."""
+        self._wire = Wire(sock, stall_s)
+        self._events, self._source = events, source
+        self.fds: list[int] = []
+        self.peer_bytes = 0
+        self._is_closed = False
+        self._send_lock = threading.Lock()
+        try:
+            self._wire.send([Frame(HELLO, OK, 0, session, 0, len(secret)).pack(), secret.encode()])
+            self._await_ready(timeout_s, max_fds)
+        except (TransferError, OSError) as error:
+            self._drop_fds()
+            self._wire.close()
+            raise TransferError(f"the decode rank did not accept the connection: {error}") from error
+        self._thread = threading.Thread(target=self._read, name="kv-acks", daemon=True)
+
+    def start(self) -> None:
+        """From now on events are delivered."""
+        self._thread.start()
+
+    def _await_ready(self, timeout_s: float, max_fds: int) -> None:
+        if max_fds:
+            self._wire.wait_readable(timeout_s)
+            data, self.fds, _, _ = socket.recv_fds(self._wire.sock, HEADER.size, max_fds)
+            if not data:
+                raise TransferError("the peer closed the connection")
+            rest = self._wire.receive(HEADER.size - len(data), idle_s=timeout_s)
+            magic, version, *fields = HEADER.unpack(data + bytes(rest))
+            if (magic, version) != (MAGIC, VERSION):
+                raise TransferError("the peer speaks another protocol")
+            ready = Frame(*fields)
+        else:
+            ready = self._wire.receive_frame(idle_s=timeout_s)
+        if ready.kind != READY:
+            raise TransferError(f"the peer answered with a frame of kind {ready.kind}")
+        self.peer_bytes = ready.window
+
+    def write(self, copies: Copies, window: int) -> Done:
+        """Send the bytes themselves (needs ``source``)."""
+        assert self._source is not None
+        source = self._source
+        runs = copies.tolist()
+        header = Frame(WRITE, OK, len(runs), window, 0, int(copies[:, 2].sum())).pack()
+        table = copies[:, 1:].astype("<i8").tobytes()
+        self._send([header, table, *(source[a : a + n] for a, _, n in runs)])
+        return DONE
+
+    def notify(self, window: int, token: int, notice: bytes) -> None:
+        self._send([Frame(NOTICE, OK, 0, window, token, len(notice)).pack(), notice])
+
+    def _send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        with self._send_lock:
+            if self._is_closed:
+                raise TransferError("the link is closed")
+            try:
+                self._wire.send(buffers)
+            except (OSError, TransferError) as error:
+                self._wire.shutdown()  # half a frame may be out; the reader tells the owner
+                raise TransferError(f"sending KV failed: {error}") from error
+
+    def _read(self) -> None:
+        reason = ""
+        try:
+            while True:
+                ack = self._wire.receive_frame(idle_s=None)
+                if ack.kind != ACK or ack.nbytes > 4096:
+                    raise TransferError(f"unexpected frame of kind {ack.kind}")
+                text = self._wire.receive(ack.nbytes, idle_s=STALL_S).decode(errors="replace")
+                self._events.on_ack(ack.token, text if ack.status != OK else None)
+        except (TransferError, OSError) as error:
+            reason = str(error)
+        except Exception:
+            log.exception("an acknowledgement could not be handled")
+            reason = "internal error of the sender"
+        self._wire.shutdown()
+        if not self._is_closed:
+            self._events.on_lost(reason)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._wire.shutdown()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+        with self._send_lock:
+            self._wire.close()
+            self._drop_fds()
+
+    def _drop_fds(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def dial(family: int, address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
+    """A connected socket. Raises TransferError that names the address."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(address)
+    except OSError as error:
+        sock.close()
+        where = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else repr(address)
+        raise TransferError(f"cannot reach the decode rank at {where}: {error}") from error
+    return sock

@@ -1,0 +1,83 @@
+"""Tells when a layer of a step is done: that is, when its KV may be sent. Knows steps and layers; nothing of sequences.
+
+On the CPU a layer is done when the model says so. On CUDA the model only *enqueued* its kernels: an event is recorded on the compute
+stream, and a thread of the tracker waits for the events one after the other. The forward pass never waits, and since every (step, layer)
+has an event of its own, several steps may be in flight."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ksana_lab.errors import TransferError
+
+log = logging.getLogger(__name__)
+
+
+class Event(Protocol):
+    """What is used of ``torch.cuda.Event``."""
+
+    def record(self) -> Any: ...
+
+    def synchronize(self) -> Any: ...
+
+
+class LayerTracker:
+    """``begin_step`` and ``layer_done`` are called by the model's thread; ``on_layer(step, layer)`` in the order of the calls, on that
+    thread (CPU) or on the tracker's (CUDA, where ``make_event`` makes one event)."""
+
+    def __init__(self, num_layers: int, on_layer: Callable[[int, int], None], make_event: Callable[[], Event] | None = None) -> None:
+        self._num_layers, self._on_layer, self._make_event = num_layers, on_layer, make_event
+        self._step: int | None = None
+        self._next_layer = 0
+        self._free: list[Event] = []  # used by the model's thread; appended to by the waiting one (atomic)
+        self._pending: queue.SimpleQueue[tuple[int, int, Event] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if make_event is not None:
+            self._thread = threading.Thread(target=self._wait_in_order, name="layer-tracker", daemon=True)
+            self._thread.start()
+
+    def begin_step(self, step: int | None) -> None:
+        """The next ``layer_done`` calls are of ``step``; None = nobody wants to know. Raises TransferError when the model did not report
+        every layer of the step before, or when waiting for an event failed."""
+        missing = self._step if self._step is not None and self._next_layer < self._num_layers else None
+        seen, self._step, self._next_layer = self._next_layer, step, 0
+        if self._error is not None:
+            raise TransferError(f"waiting for a layer failed: {self._error}") from self._error
+        if missing is not None:
+            raise TransferError(f"the model reported {seen} of {self._num_layers} layers of a step whose KV must be sent")
+
+    def layer_done(self, layer: int) -> None:
+        """Layers come in order, each once. Does not block."""
+        if self._step is None:
+            return
+        assert layer == self._next_layer, (layer, self._next_layer)
+        self._next_layer += 1
+        if self._make_event is None:
+            self._on_layer(self._step, layer)
+            return
+        event = self._free.pop() if self._free else self._make_event()
+        event.record()
+        self._pending.put((self._step, layer, event))
+
+    def _wait_in_order(self) -> None:
+        try:
+            while (item := self._pending.get()) is not None:
+                step, layer, event = item
+                event.synchronize()
+                self._free.append(event)
+                self._on_layer(step, layer)
+        except Exception as error:  # shown to the engine by the next begin_step
+            log.exception("the layer tracker stopped")
+            self._error = error
+
+    def close(self) -> None:
+        """What is still in flight is reported first. May be called twice."""
+        self._step = None
+        self._pending.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
