@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class AttentionMetadata:
     context_lens: Sequence[int]  # seq_lens on the host
     max_query_len: int
     max_seq_len: int
+    plan: Any = None  # what a backend derived from the fields above, once for all layers; who refills the fields in place sets it to None
 
 
 @dataclass

@@ -1,0 +1,31 @@
+"""RMSNorm with the residual addition that always precedes it, so that one kernel can do both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ksana_lab.layers.linear import new_weight
+from ksana_lab.layers.piece import Piece
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = new_weight(size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual), both [T, size]; without a residual the sum is x itself."""
+        total = x if residual is None else x + residual
+        return self.normalize(total), total
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def pieces(self, prefix: str) -> Iterator[Piece]:
+        yield Piece(f"{prefix}.weight", self.weight, tuple(self.weight.shape))

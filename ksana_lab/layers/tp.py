@@ -1,0 +1,112 @@
+"""The ranks that share one model's layers. Knows tensors and ranks, nothing of models; never touches torch's default process group,
+so that two engines, each with its own group, live in one process.
+
+Every wait is bounded by the ``timeout_s`` given at connection."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ksana_lab.errors import KsanaLabError
+
+
+class TPGroup:
+    """One rank's view of a tensor-parallel group. ``single()`` is a group of one, for which every operation is free."""
+
+    def __init__(self, rank: int, size: int, process_group: Any = None) -> None:
+        assert 0 <= rank < size and (size == 1) == (process_group is None), (rank, size)
+        self.rank = rank
+        self.size = size
+        self.process_group = process_group  # a ProcessGroupGloo or ProcessGroupNCCL; None when size is 1
+
+    def __repr__(self) -> str:
+        return f"TPGroup(rank={self.rank}, size={self.size})"
+
+    @classmethod
+    def single(cls) -> TPGroup:
+        return cls(0, 1)
+
+    @classmethod
+    def connect(
+        cls, rank: int, size: int, init_method: str, *, backend: str = "gloo", timeout_s: float = 120.0, host: str = "127.0.0.1"
+    ) -> TPGroup:
+        """Meet the other ranks; blocks at most ``timeout_s``, which also bounds every later operation.
+
+        ``init_method``: ``file:///path`` (a path in a private directory, that no earlier group used; needs no port) or
+        ``tcp://host:port`` (rank 0 listens there, on that address alone). ``backend``: ``gloo`` for CPU tensors, ``nccl`` for CUDA
+        (call ``torch.cuda.set_device`` before). ``host``: the address gloo's own connections use. Raises KsanaLabError."""
+        if size == 1:
+            return cls.single()
+        timeout = datetime.timedelta(seconds=timeout_s)
+        try:
+            store = _open_store(init_method, rank, size, timeout)
+            group = _make_process_group(store, rank, size, backend, timeout, host)
+        except (RuntimeError, OSError) as error:
+            raise KsanaLabError(
+                f"tensor-parallel rank {rank} of {size} did not meet the others at {init_method} within {timeout_s:g} s: {error}"
+            ) from error
+        return cls(rank, size, group)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns ``x``. Bitwise the same on every rank."""
+        if self.size > 1:
+            self.process_group.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate along the last dimension in rank order: [..., d] -> [..., size * d]."""
+        if self.size == 1:
+            return x
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        gathered = rows.new_empty(self.size * rows.shape[0], rows.shape[1])
+        self.process_group._allgather_base(gathered, rows).wait()
+        by_row = gathered.view(self.size, *rows.shape).transpose(0, 1)
+        return by_row.reshape(*x.shape[:-1], -1)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        if self.size > 1:
+            self.process_group.barrier().wait()
+
+    def close(self) -> None:
+        """Leave. Operations under way on other ranks fail at once instead of waiting for their time-out."""
+        group, self.process_group = self.process_group, None
+        if group is not None and group.name() == "nccl":
+            group.abort()
+
+
+def _open_store(init_method: str, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    scheme, _, rest = init_method.partition("://")
+    if scheme == "file":
+        store: Any = dist.FileStore(rest, size)
+        store.set_timeout(timeout)
+        return store
+    if scheme != "tcp":
+        raise ValueError(f"init_method {init_method!r} is neither file:// nor tcp://")
+    host, _, port = rest.rpartition(":")
+    if rank:
+        return dist.TCPStore(host, int(port), size, False, timeout)
+    # TCPStore by itself would listen on every interface; give it a socket bound to this address only.
+    listener = socket.create_server((host, int(port)))
+    return dist.TCPStore(host, int(port), size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _make_process_group(store: Any, rank: int, size: int, backend: str, timeout: datetime.timedelta, host: str) -> Any:
+    if backend == "gloo":
+        options = getattr(dist.ProcessGroupGloo, "_Options")()  # noqa: B009 (torch's stubs lack it)
+        options._timeout = timeout
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        return dist.ProcessGroupGloo(store, rank, size, options)
+    if backend == "nccl":
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = timeout
+        group = dist.ProcessGroupNCCL(store, rank, size, nccl_options)
+        group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+        return group
+    raise ValueError(f"tensor-parallel backend {backend!r} is neither gloo nor nccl")
