@@ -1,0 +1,425 @@
+"""One request on one route: the same body to prefill and decode at once, their replies merged into one for the client.
+
+Knows nothing of choosing, registration or metrics. Whatever goes wrong first, on either side or at the client, decides; then both upstream
+connections are closed, which tells the nodes to give up. Nothing here waits without a bound: ``check``, called on a timer, ends an exchange
+whose node or client has been silent for too long. The merging rules are those of KsanaLLM's router and, where the decode node acknowledges
+``FIRST_TOKEN_HEADER``, those of protocol/node.py."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import aiohttp
+import orjson
+from multidict import CIMultiDict
+from yarl import URL
+
+from ksana_lab.protocol.node import FIRST_TOKEN_FROM_PREFILL, FIRST_TOKEN_HEADER
+from ksana_lab.router.comm_groups import Route
+from ksana_lab.router.registry import Node
+from ksana_lab.router.streams import Framing, NulFraming, ObjectTooLarge, RawFraming, error_in, framing_of
+
+logger = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+TELL_S = 5.0  # for a client to take the error event of a broken stream
+FAILED_NODE_HEADER = "x-ksana-lab-failed-node"  # on an error that a node gave: which one, "<role> <inference_addr>"
+_HOP_BY_HOP = {
+    b"connection",
+    b"keep-alive",
+    b"proxy-authenticate",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+}
+_NOT_FOR_THE_CLIENT = _HOP_BY_HOP | {b"content-length", FIRST_TOKEN_HEADER.encode()}
+
+
+@dataclass(eq=False)
+class Failure(Exception):
+    """Why a request did not end well; what the client is told."""
+
+    outcome: str  # the metric's label
+    status: int
+    type: str
+    message: str
+    node: Node | None = None  # whose fault it is, if a node's
+    is_retryable: bool = False  # nothing was accepted: another route may be tried
+    reply: tuple[Headers, bytes] | None = None  # the node's own answer with ``status``, to be passed on
+    retry_after_s: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Readable by the OpenAI API's clients (``error``) and by KsanaLLM's (``detail``)."""
+        error: dict[str, Any] = {"message": self.message, "type": self.type, "code": self.status, "param": None}
+        if self.node is not None:
+            error |= {"side": self.node.role.value, "node": self.node.inference_addr}
+        return {"error": error, "detail": self.message}
+
+
+class ClientGone(Exception):
+    """It went away while its request was being read."""
+
+
+class BodyTooLarge(Exception):
+    pass
+
+
+class Client:
+    """The client's side of one request: gets bytes in order, and is watched for going away. Serves all attempts at its request."""
+
+    def __init__(self, receive: Receive, send: Send, request_id: bytes) -> None:
+        self._receive, self._send = receive, send
+        self._request_id = request_id
+        self._lock = asyncio.Lock()  # both sides of a pair may want to send
+        self._head: tuple[int, Headers] | None = None
+        self.is_started = False  # it has seen a status line
+        self.is_finished = False
+        self.is_gone = False
+        self.blocked_since_s: float | None = None  # monotonic; it does not read what we send
+        self.first_byte_s: float | None = None  # monotonic
+        self.on_gone: Callable[[], None] = lambda: None
+
+    async def read_body(self, max_bytes: int) -> bytes:
+        """Raises BodyTooLarge, ClientGone."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > max_bytes:
+                raise BodyTooLarge
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def watch(self) -> None:
+        """Runs beside the exchange; returns when the client has gone away."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self.is_finished:
+            self.is_gone = True
+            self.on_gone()
+
+    def will_start(self, status: int, headers: Headers) -> None:
+        """What the first piece is preceded by: the later the status line goes out, the more failures can still have their own."""
+        self._head = (status, self._with_request_id(headers))
+
+    async def piece(self, data: bytes, *, is_last: bool = False) -> None:
+        async with self._lock:
+            self.blocked_since_s = time.monotonic()
+            try:
+                if not self.is_started:
+                    assert self._head is not None
+                    self.is_started = True
+                    await self._send({"type": "http.response.start", "status": self._head[0], "headers": self._head[1]})
+                self.is_finished |= is_last
+                await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            finally:
+                self.blocked_since_s = None
+            if self.first_byte_s is None:
+                self.first_byte_s = time.monotonic()
+
+    async def reply(self, status: int, headers: Headers, body: bytes) -> None:
+        """The whole answer at once."""
+        self.will_start(status, [*headers, (b"content-length", str(len(body)).encode())])
+        await self.piece(body, is_last=True)
+
+    def _with_request_id(self, headers: Headers) -> Headers:
+        if any(name == b"x-request-id" for name, _ in headers):
+            return headers
+        return [*headers, (b"x-request-id", self._request_id)]
+
+
+class _State(Enum):
+    CONNECTING = 0  # bounded by the HTTP client
+    WAITING = 1  # for the node's next byte
+    HELD = 2  # for the other side: not this node's fault
+    OVER = 3
+
+
+class Leg:
+    """One of the two upstream requests."""
+
+    __slots__ = ("node", "response", "since_s", "state", "url")
+
+    def __init__(self, node: Node, url: URL) -> None:
+        self.node, self.url = node, url
+        self.response: aiohttp.ClientResponse | None = None
+        self.state = _State.CONNECTING
+        self.since_s = time.monotonic()  # last sign of progress
+
+    def wait(self) -> None:
+        self.state, self.since_s = _State.WAITING, time.monotonic()
+
+    def failure(self, status: int, type_: str, message: str, **more: Any) -> Failure:
+        return Failure(f"{self.node.role.value}_failed", status, type_, f"{self.node}: {message}", node=self.node, **more)
+
+
+class Exchange:
+    """``run`` it once."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, client: Client, route: Route, target: str, body: bytes, headers: CIMultiDict[str]
+    ) -> None:
+        self.route, self.client = route, client
+        self._session, self._body, self._headers = session, body, headers
+        self._path = target.partition("?")[0]
+        self._decode = Leg(route.decode, url_of(route.decode, target))
+        self._prefill = Leg(route.prefill, url_of(route.prefill, target)) if route.prefill is not None else None
+        loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[Failure | None] = loop.create_future()
+        self._decode_head: asyncio.Future[aiohttp.ClientResponse] = loop.create_future()
+        self._prefill_head: asyncio.Future[None] = loop.create_future()
+        self._prefill_end: asyncio.Future[None] = loop.create_future()
+        self._has_decode_output = False  # decode's output is on its way to the client: prefill has done its part
+        self.framing: Framing | None = None  # of the client's stream, once it is known to be one
+        self.first_data_s: float | None = None  # monotonic: when the first bytes of a reply came from a node
+
+    async def run(self, on_side_over: Callable[[Node], None]) -> Failure | None:
+        """None: the client has its whole answer. A failure: both sides are closed, and the client is yet to be told. ``on_side_over`` is
+        called once for each node when its part has ended, however it ended."""
+        self.client.on_gone = self._client_gone
+        if self.client.is_gone:
+            self._client_gone()
+        tasks = [self._start(self._decode, self._run_decode, on_side_over)]
+        if self._prefill is not None:
+            tasks.append(self._start(self._prefill, self._run_prefill, on_side_over))
+        else:
+            self._prefill_head.set_result(None)
+            self._prefill_end.set_result(None)
+        try:
+            failure = await self._over
+        finally:
+            for task in tasks:
+                task.cancel()
+        if failure is not None:
+            await asyncio.wait(tasks)  # nothing of theirs may follow the error
+        return failure
+
+    def fail(self, failure: Failure) -> None:
+        """The first failure decides."""
+        if not self._over.done():
+            self._over.set_result(failure)
+
+    def check(self, now_s: float, read_timeout_s: float, why_dead: Callable[[Node, float], str | None]) -> None:
+        """Called on a timer. ``why_dead(node, silent_s)`` says why a silent node need not be waited for any longer, if so."""
+        blocked_s = self.client.blocked_since_s
+        if blocked_s is not None:
+            if now_s - blocked_s > read_timeout_s:
+                self.fail(Failure("client_stalled", 499, "client_stalled", f"the client read nothing for {read_timeout_s:g} s"))
+            return
+        for leg in (self._prefill, self._decode):
+            if leg is None or leg.state is not _State.WAITING:
+                continue
+            silent_s = now_s - leg.since_s
+            if silent_s > read_timeout_s:
+                self.fail(leg.failure(504, "timeout", f"sent nothing for {read_timeout_s:g} s"))
+            elif (why := why_dead(leg.node, silent_s)) is not None:
+                self.fail(leg.failure(502, "node_failed", why))
+
+    # ---- the two sides -----------------------------------------------------------------------------------------------
+
+    async def _run_decode(self, leg: Leg) -> None:
+        response = await self._open(leg)
+        framing = _framing(self._path, response)
+        self._decode_head.set_result(response)
+        self.client.will_start(response.status, _client_headers(response, is_stream=framing is not None))
+        if framing is None:
+            # Decode's answer is whole only after prefill's work, whatever becomes of prefill's reply.
+            body = await response.read()
+            self.first_data_s = self.first_data_s or time.monotonic()
+            await self.client.reply(response.status, _client_headers(response, is_stream=False), body)
+            return self._end()
+        self.framing = framing()
+        await self._hold(leg, self._prefill_head)
+        async for piece in self._pieces(leg, self.framing):
+            if not self._has_decode_output:
+                self._refuse_error(leg, piece)
+                if self._is_first_from_prefill(response):
+                    await self._hold(leg, self._prefill_end)
+                self._has_decode_output = True
+            await self.client.piece(piece)
+        await self._finish_stream(leg, response, self.framing)
+
+    async def _run_prefill(self, leg: Leg) -> None:
+        response = await self._open(leg)
+        framing = _framing(self._path, response)
+        self._prefill_head.set_result(None)
+        decode_response = await self._hold(leg, self._decode_head)
+        if framing is None or _framing(self._path, decode_response) is not framing:
+            leg.wait()
+            await response.read()  # of no use to the client
+            return self._prefill_end.set_result(None)
+        is_first_here = self._is_first_from_prefill(decode_response)
+        num_pieces = 0
+        async for piece in self._pieces(leg, framing()):
+            self._refuse_error(leg, piece)
+            num_pieces += 1
+            # Each object of /generate repeats what came before it: one of prefill's that comes late can be left out.
+            is_wanted = (is_first_here or num_pieces == 1) if framing is NulFraming else is_first_here
+            if is_wanted and not self._has_decode_output:
+                await self.client.piece(piece)
+        if not num_pieces and not is_first_here and not self._has_decode_output:
+            raise leg.failure(502, "node_failed", "ended its stream without a token")
+        self._prefill_end.set_result(None)
+
+    async def _finish_stream(self, leg: Leg, response: aiohttp.ClientResponse, framing: Framing) -> None:
+        if not self._has_decode_output:
+            if not self._is_first_from_prefill(response):
+                raise leg.failure(502, "node_failed", "ended its stream without a token")
+            await self._hold(leg, self._prefill_end)  # the first token was the last
+            if not self.client.is_started:
+                raise leg.failure(502, "node_failed", "ended its stream without a token, and so did its prefill node")
+        await self.client.piece(framing.done, is_last=True)
+        self._end()
+
+    # ---- steps of both -----------------------------------------------------------------------------------------------
+
+    def _start(self, leg: Leg, run: Callable[[Leg], Awaitable[None]], on_over: Callable[[Node], None]) -> asyncio.Task[None]:
+        def over(_: object) -> None:  # also of a task that was cancelled before it began
+            leg.state = _State.OVER
+            if leg.response is not None:
+                leg.response.close()  # does nothing to a connection that went back to the pool after a whole reply
+            on_over(leg.node)
+
+        task = asyncio.get_running_loop().create_task(self._guard(leg, run))
+        task.add_done_callback(over)
+        return task
+
+    async def _guard(self, leg: Leg, run: Callable[[Leg], Awaitable[None]]) -> None:
+        """Every way in which a side can fail becomes a ``Failure``."""
+        try:
+            await run(leg)
+        except Failure as failure:
+            self._side_failed(leg, failure)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            is_retryable = not (self._decode_head.done() or self._prefill_head.done() or self.client.is_started)
+            self._side_failed(leg, leg.failure(502, "node_unreachable", f"cannot connect: {_reason(error)}", is_retryable=is_retryable))
+        except ObjectTooLarge as error:
+            self._side_failed(leg, leg.failure(502, "node_failed", f"sent {error}"))
+        except (aiohttp.ClientError, OSError) as error:
+            when = "before it answered" if leg.response is None else "in the middle of its reply"
+            self._side_failed(leg, leg.failure(502, "node_failed", f"closed the connection {when} ({_reason(error)})"))
+        except Exception as error:
+            logger.exception("request on %s", self.route)
+            self.fail(Failure("internal_error", 500, "internal_error", f"the router failed: {type(error).__name__}"))
+
+    def _side_failed(self, leg: Leg, failure: Failure) -> None:
+        if leg is self._prefill and self._has_decode_output:
+            logger.info("%s, after its part was done", failure.message)
+            return
+        self.fail(failure)
+
+    def _client_gone(self) -> None:
+        self.fail(Failure("client_gone", 499, "aborted", "the client went away"))
+
+    def _end(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    async def _open(self, leg: Leg) -> aiohttp.ClientResponse:
+        """Send the request, wait for the status line. An error status becomes a Failure that carries the node's answer."""
+        leg.wait()
+        response = await self._session.request("POST", leg.url, data=self._body, headers=self._headers, allow_redirects=False)
+        leg.response = response
+        leg.wait()
+        if response.status >= 300:
+            body = await response.read()
+            raise leg.failure(
+                response.status, "node_error", f"answered {response.status}", reply=(_client_headers(response, is_stream=False), body)
+            )
+        return response
+
+    async def _hold(self, leg: Leg, future: asyncio.Future[Any]) -> Any:
+        if future.done():
+            return future.result()
+        leg.state = _State.HELD
+        result = await future
+        leg.wait()
+        return result
+
+    async def _pieces(self, leg: Leg, framing: Framing) -> AsyncIterator[bytes]:
+        """The node's stream in whole objects, as they come."""
+        assert leg.response is not None
+        content = leg.response.content
+        leg.wait()
+        while data := await content.readany():
+            leg.since_s = time.monotonic()
+            self.first_data_s = self.first_data_s or leg.since_s
+            for piece in framing.feed(data):
+                yield piece
+            leg.since_s = time.monotonic()  # whatever the client took to read is not this node's silence
+        if rest := framing.rest():
+            yield rest
+
+    def _is_first_from_prefill(self, decode_response: aiohttp.ClientResponse) -> bool:
+        """Decode has understood that the first token is prefill's to show."""
+        return self._prefill is not None and decode_response.headers.get(FIRST_TOKEN_HEADER) == FIRST_TOKEN_FROM_PREFILL
+
+    def _refuse_error(self, leg: Leg, piece: bytes) -> None:
+        """An error that a node could only say inside its stream: while the client has no status line yet, it can get the true one."""
+        error = error_in(piece)
+        if error is not None:
+            code = error.get("code")
+            status = code if isinstance(code, int) and 400 <= code < 600 else 502
+            raise leg.failure(status, str(error.get("type") or "node_failed"), str(error.get("message") or error))
+
+
+async def tell(client: Client, failure: Failure, framing: Framing | None) -> None:
+    """Give the client its error: a JSON answer before the stream, an event inside it, or a cut where neither can be."""
+    if client.is_gone or client.is_finished or failure.outcome == "client_stalled":
+        return
+    if not client.is_started:
+        await client.reply(*_error_reply(failure))
+        return
+    event = (framing or RawFraming()).error_event(failure.body())
+    if event is not None:
+        await asyncio.wait_for(client.piece(event, is_last=True), TELL_S)
+
+
+def _error_reply(failure: Failure) -> tuple[int, Headers, bytes]:
+    if failure.reply is not None:
+        headers, body = failure.reply
+        assert failure.node is not None
+        failed = f"{failure.node.role.value} {failure.node.inference_addr}".encode()
+        return failure.status, [*headers, (FAILED_NODE_HEADER.encode(), failed)], body
+    headers = [(b"content-type", b"application/json")]
+    if failure.retry_after_s is not None:
+        headers.append((b"retry-after", str(failure.retry_after_s).encode()))
+    return failure.status, headers, orjson.dumps(failure.body())
+
+
+def url_of(node: Node, target: str) -> URL:
+    return URL(f"http://{node.inference_addr}{target}", encoded=True)
+
+
+def _framing(path: str, response: aiohttp.ClientResponse) -> type[Framing] | None:
+    headers = response.headers
+    is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+    return framing_of(path, headers.get("content-type", "").lower(), is_chunked)
+
+
+def _client_headers(response: aiohttp.ClientResponse, *, is_stream: bool) -> Headers:
+    headers = [(name.lower(), value) for name, value in response.raw_headers]
+    headers = [(name, value) for name, value in headers if name not in _NOT_FOR_THE_CLIENT]
+    if is_stream and not any(name == b"content-type" for name, _ in headers):
+        headers.append((b"content-type", b"application/octet-stream"))
+    return headers
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "os_error", None) or error
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
