@@ -13,7 +13,8 @@ KsanaLabError
 │   └── ServiceUnavailable   503  no pair is connected, or the engine is gone
 ├── TransferError        a link between two nodes broke or was refused (also inside an engine)
 │   └── LayoutMismatch       the two sides' KV layouts differ; names both values
-└── EngineDead           the engine process ended; carries its last log lines
+├── EngineDead           the engine process ended; carries its last log lines
+└── ProcessDied          a process of a cluster ended or did not become ready; carries its last log lines   exit code 1
 """
 
 from __future__ import annotations
@@ -82,6 +83,14 @@ class LayoutMismatch(TransferError):
 
 class EngineDead(KsanaLabError):
     """The engine process is gone. ``log_tail`` holds its last lines."""
+
+    def __init__(self, message: str, log_tail: str = "") -> None:
+        super().__init__(message + (f"\n{log_tail}" if log_tail else ""))
+        self.log_tail = log_tail
+
+
+class ProcessDied(KsanaLabError):
+    """A router or node that a cluster started is gone, or never became ready. ``log_tail`` holds its last lines."""
 
     def __init__(self, message: str, log_tail: str = "") -> None:
         super().__init__(message + (f"\n{log_tail}" if log_tail else ""))

@@ -38,7 +38,8 @@ def _explain(model: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{key} is missing"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[:1].lower()}{message[1:]}, got {fault['input']!r}"
+    got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+    return f"{key}: {message[:1].lower()}{message[1:]}{got}"
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -1,0 +1,380 @@
+"""What can be wrong on a machine before anything starts: one small function for each trouble, each with its advice.
+
+``node_preflight`` and ``process_preflight`` stop a start; ``doctor`` prints everything. GPUs and NCCL are asked of the driver or of a
+subprocess: this package never loads torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx
+import psutil
+
+from ksana_lab.cluster import ports
+from ksana_lab.cluster.topology import NodeSpec, RouterSpec
+from ksana_lab.config.engine import EngineConfig
+from ksana_lab.config.environment import REQUIRED_VARIABLES, explain_missing, is_proxy, missing_variables, visible_gpus
+from ksana_lab.errors import ConfigError
+from ksana_lab.types import NodeAddr, Role
+
+Level = Literal["ok", "warn", "error"]
+_HTTP_TIMEOUT_S = 3.0
+
+
+class Finding(NamedTuple):
+    level: Level
+    text: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.text}{f'; {self.advice}' if self.advice else ''}"
+
+
+def ok(text: str) -> Finding:
+    return Finding("ok", text)
+
+
+def warn(text: str, advice: str = "") -> Finding:
+    return Finding("warn", text, advice)
+
+
+def error(text: str, advice: str = "") -> Finding:
+    return Finding("error", text, advice)
+
+
+def errors_of(findings: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.level == "error"]
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raises ConfigError with every error among ``findings``, one to a line."""
+    wrong = errors_of(findings)
+    if wrong:
+        raise ConfigError("\n".join(f"{finding.text}{f'; {finding.advice}' if finding.advice else ''}" for finding in wrong))
+
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+
+
+def required_variables(env: Mapping[str, str]) -> list[Finding]:
+    missing = missing_variables(env)
+    findings = [error(explain_missing(name, env)) for name in missing]
+    return findings + [ok(f"environment variable {name}={env[name]}") for name in REQUIRED_VARIABLES if name not in missing]
+
+
+def proxies(env: Mapping[str, str]) -> Finding:
+    found = sorted(name for name in env if is_proxy(name))
+    if not found:
+        return ok("no proxy variables")
+    advice = "ksana_lab's own processes ignore them; a client such as curl does not: unset them there, or use curl --noproxy '*'"
+    return warn(f"proxy variables are set: {', '.join(found)}", advice)
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+
+def port_agrees(port: int, config: EngineConfig) -> Finding:
+    """The router calls a node at its ``inference_addr``: the server must listen on that port."""
+    address = config.connector.inference_addr
+    if address is None or address.port == port:
+        return ok(f"HTTP port {port}")
+    advice = f"give --port {address.port}, or --set connector.inference_addr={address._replace(port=port)}"
+    return error(f"--port {port} differs from the port of connector.inference_addr {address}, where the router calls this node", advice)
+
+
+def host_covers(host: str, config: EngineConfig) -> Finding:
+    """The server must listen on the address under which the router calls it."""
+    address = config.connector.inference_addr
+    if address is None or ports.is_wildcard(host) or host == address.host:
+        return ok(f"HTTP host {host}")
+    if ports.is_loopback(host) and ports.is_loopback(address.host):
+        return ok(f"HTTP host {host}")
+    return warn(f"the server listens on {host} but the router calls {address}", f"give --host {address.host} or --host 0.0.0.0")
+
+
+def port_is_free(host: str, port: int, what: str) -> Finding:
+    """``what``: which port this is, for the message."""
+    try:
+        if ports.is_free(host, port):
+            return ok(f"{what} {NodeAddr(host, port)} is free")
+    except OSError as fault:
+        if not _is_here(host):
+            return error(f"{what}: {host} is not an address of this host", f"its addresses are {', '.join(addresses())}")
+        return error(f"{what} {NodeAddr(host, port)} cannot be bound: {fault.strerror}")
+    return error(f"{what} {NodeAddr(host, port)} is taken by {ports.holder(port)}", "end that process, or choose another port")
+
+
+def coordinator_is_bindable(config: EngineConfig) -> Finding:
+    """The control socket binds ``coordinator_addr`` itself: it must be an address of this very host."""
+    address = config.connector.coordinator_addr
+    if address is None:
+        return ok("no coordinator_addr (a mixed node needs none)")
+    if not _is_here(address.host):
+        own = ", ".join(addresses())
+        advice = f"use one of {own}: --set connector.coordinator_addr={_own_address()}:{address.port}"
+        return error(f"connector.coordinator_addr {address} cannot be bound: {address.host} is not an address of this host", advice)
+    return port_is_free(address.host, address.port, "coordinator port")
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ports.is_this_host(host)
+    except OSError:
+        return False
+
+
+def addresses() -> list[str]:
+    """This host's IPv4 addresses, those that others can reach first."""
+    found = {a.address for nics in psutil.net_if_addrs().values() for a in nics if a.family == socket.AF_INET}
+    return sorted(found, key=lambda ip: (ports.is_loopback(ip), ip))
+
+
+def _own_address() -> str:
+    return addresses()[0]
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def model_dir(path: str) -> Finding:
+    """A checkpoint in Hugging Face format: config.json, complete safetensors, a tokenizer."""
+    directory, key = Path(path), "model_spec.base_model.model_dir"
+    advice = "give --model-dir, or make a small one: python -m ksana_lab.models.synth --arch qwen3 --shape tiny --out DIR"
+    if not directory.exists():
+        return error(f"{key} {path} does not exist", advice)
+    if not directory.is_dir():
+        return error(f"{key} {path} is not a directory", advice)
+    if not os.access(directory, os.R_OK | os.X_OK):
+        return error(f"{key} {path} cannot be read by this user", "change its permissions")
+    lacking = _what_a_checkpoint_lacks(directory)
+    if lacking:
+        return error(f"{key} {path} is no checkpoint: it lacks {', '.join(lacking)}", advice)
+    return ok(f"{key} {path}")
+
+
+def _what_a_checkpoint_lacks(directory: Path) -> list[str]:
+    lacking = [] if _json(directory / "config.json") is not None else ["config.json (readable JSON)"]
+    index = _json(directory / "model.safetensors.index.json")
+    if index is not None:
+        shards = sorted(set(index.get("weight_map", {}).values()))
+        lacking += [shard for shard in shards if not (directory / shard).is_file()]
+    elif not any(directory.glob("*.safetensors")):
+        lacking.append("*.safetensors (weights)")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        lacking.append("tokenizer.json")
+    return lacking
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def heads_divide(config: EngineConfig) -> Finding:
+    """Attention heads are shared out evenly among the ranks."""
+    size, model = config.parallel.tensor_parallel_size, _json(Path(config.model.model_dir) / "config.json") or {}
+    heads = model.get("num_attention_heads")
+    if isinstance(heads, int) and heads % size:
+        return error(f"global.tensor_para_size {size} does not divide the model's {heads} attention heads", "choose a divisor")
+    return ok(f"{size} rank{'s' if size > 1 else ''}")
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def gpus(config: EngineConfig, visible: int) -> Finding:
+    """``visible``: how many this process can use."""
+    runtime, size = config.runtime, config.parallel.tensor_parallel_size
+    if runtime.device == "cpu" or (runtime.device == "auto" and visible == 0 and not runtime.device_ids):
+        return ok(f"device cpu, {size} rank{'s' if size > 1 else ''}")
+    wanted = runtime.device_ids or tuple(range(size))
+    absent = [gpu for gpu in wanted if gpu >= visible]
+    if absent:
+        have = f"{visible} visible" if visible else "none visible"
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        have += f" (CUDA_VISIBLE_DEVICES={chosen})" if chosen is not None else ""
+        names = ", ".join(map(str, absent))
+        advice = "lower global.tensor_para_size, change ksana_lab.device_ids, or set ksana_lab.device to cpu"
+        return error(f"GPU {names} asked for (ranks {size}), {have}", advice)
+    if len(wanted) != size:
+        return error(
+            f"ksana_lab.device_ids {list(wanted)} names {len(wanted)} GPUs but global.tensor_para_size is {size}", "make them agree"
+        )
+    return ok(f"GPUs {', '.join(map(str, wanted))} of {visible} visible")
+
+
+def torch_runtime(timeout_s: float = 90.0) -> list[Finding]:
+    """torch's version, whether it sees GPUs, and NCCL's version, asked in a process of its own."""
+    script = (
+        "import json, torch; cuda = torch.cuda.is_available(); "
+        "print(json.dumps([torch.__version__, torch.version.cuda, cuda, torch.cuda.nccl.version() if cuda else None]))"
+    )
+    try:
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout_s, check=False)
+        version, cuda, has_gpu, nccl = json.loads(run.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return [error("torch cannot be imported", f"{sys.executable} -c 'import torch' shows why")]
+    findings = [ok(f"torch {version}{f', CUDA {cuda}' if cuda else ', CPU build'}")]
+    if visible_gpus() and not has_gpu:
+        findings.append(error("the driver shows GPUs but torch cannot use them", "install a CUDA build of torch that fits the driver"))
+    if nccl:
+        findings.append(ok(f"NCCL {'.'.join(map(str, nccl))}"))
+    return findings
+
+
+def nccl_variables(env: Mapping[str, str], visible: int) -> list[Finding]:
+    """What the environment tells NCCL; the reference's guide sets NCCL_P2P_DISABLE=1 for P and D on one host."""
+    if visible < 2:
+        return []
+    findings = []
+    if env.get("NCCL_P2P_DISABLE") == "1":
+        advice = "unset it unless GPU peer access hangs on this host"
+        findings.append(warn("NCCL_P2P_DISABLE=1: GPUs of this host talk through host memory, many times slower than NVLink", advice))
+    if not env.get("NCCL_DEBUG"):
+        findings.append(ok("NCCL_DEBUG is not set (export NCCL_DEBUG=INFO when a pair does not connect)"))
+    return findings
+
+
+# ---- the others ------------------------------------------------------------------------------------------------------
+
+
+def _client() -> httpx.Client:
+    return httpx.Client(timeout=_HTTP_TIMEOUT_S, trust_env=False)
+
+
+def router_reachable(address: NodeAddr) -> Finding:
+    """Any HTTP answer will do: the reference's router has no GET routes and says 404."""
+    try:
+        with _client() as client:
+            status = client.get(f"http://{address}/health").status_code
+    except httpx.HTTPError as fault:
+        advice = f"start it: python -m ksana_lab.launch router --host {address.host} --port {address.port}"
+        return warn(f"no router answers at {address} ({type(fault).__name__})", f"{advice} (start-up order does not matter)")
+    return ok(f"router at {address} answers ({status})")
+
+
+def registration(config: EngineConfig) -> list[Finding]:
+    """Whether the router knows this node, and whether this node's host reaches the peers the router knows."""
+    router, own = config.connector.router_addr, config.connector.inference_addr
+    if router is None:
+        return [ok("no router_addr: this node serves alone")]
+    answer = router_reachable(router)
+    nodes = _nodes(router) if answer.level == "ok" else None
+    if nodes is None:
+        return [answer]
+    known = [node for node in nodes if node.get("inference_addr") == str(own)]
+    state = "online" if any(node.get("is_online") for node in known) else "offline" if known else "not registered"
+    advice = "" if state == "online" else "it registers itself within a heartbeat of its start"
+    found = ok(f"{own} is {state} at the router") if state == "online" else warn(f"{own} is {state} at the router", advice)
+    return [answer, found, *peers_reachable(config, nodes)]
+
+
+def _nodes(router: NodeAddr) -> list[dict[str, Any]] | None:
+    try:
+        with _client() as client:
+            answer = client.get(f"http://{router}/nodes")
+            nodes = answer.json().get("nodes") if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, AttributeError):
+        return None
+    return [node for node in nodes if isinstance(node, dict)] if isinstance(nodes, list) else None
+
+
+def peers_reachable(config: EngineConfig, nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """A TCP connection to the coordinator of every node of the opposite role."""
+    opposite = {Role.PREFILL: "decode", Role.DECODE: "prefill"}.get(config.connector.role)
+    peers = [node for node in nodes if node.get("role") == opposite and node.get("is_online") and node.get("coordinator_addr")]
+    return [_reach(str(node["coordinator_addr"]), f"{opposite} node {node.get('inference_addr')}") for node in peers]
+
+
+def _reach(address: str, what: str) -> Finding:
+    try:
+        host, port = NodeAddr.parse(address)
+        socket.create_connection((host, port), timeout=_HTTP_TIMEOUT_S).close()
+    except (OSError, ValueError) as fault:
+        return error(f"{what}: its coordinator {address} cannot be reached ({fault})", "open the port in the firewall between the hosts")
+    return ok(f"{what}: coordinator {address} reachable")
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+_NSYS_PLACES = (
+    "/opt/nvidia/nsight-systems*/*/bin/nsys",
+    "/opt/nvidia/nsight-systems*/bin/nsys",
+    "/usr/local/cuda*/bin/nsys",
+    "/opt/nvidia/nsight-compute/*/host/target-linux-x64/nsys",
+    "/usr/local/cuda*/nsight-compute-*/host/target-linux-x64/nsys",
+)
+
+
+def nsys() -> Finding:
+    """Nsight Systems is optional: the event log makes every figure without it; it adds GPU rows."""
+    found = shutil.which("nsys")
+    if found is None:
+        elsewhere = sorted(path for place in _NSYS_PLACES for path in glob(place))
+        if elsewhere:
+            return warn(f"nsys is not on the PATH but lies in {elsewhere[-1]}", f"export PATH={Path(elsewhere[-1]).parent}:$PATH")
+        advice = "Debian and Ubuntu: apt-get install nsight-systems (Debian: component non-free), or NVIDIA's nsight-systems package"
+        return warn("nsys (Nsight Systems) not found; only --nsys needs it", advice)
+    try:
+        run = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        return warn(f"{found} cannot be run ({fault})", "reinstall Nsight Systems")
+    return ok(f"nsys: {run.stdout.strip().splitlines()[-1] if run.stdout.strip() else found}")
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+
+
+def node_preflight(config: EngineConfig, host: str, port: int, visible: int) -> list[Finding]:
+    """Everything that would stop this node, before it starts."""
+    sockets = [port_is_free(host, port, "HTTP port"), coordinator_is_bindable(config)]
+    return [port_agrees(port, config), host_covers(host, config), *sockets, *_resources(config, visible)]
+
+
+def _resources(config: EngineConfig, visible: int) -> list[Finding]:
+    return [model_dir(config.model.model_dir), heads_divide(config), gpus(config, visible)]
+
+
+def process_preflight(spec: RouterSpec | NodeSpec, visible: int) -> list[Finding]:
+    """Everything that would stop one process of a plan on this host."""
+    if isinstance(spec, RouterSpec):
+        return [port_is_free(spec.host, spec.config.port, "router port")]
+    checked = node_preflight(spec.config, spec.host, spec.inference_addr.port, visible)
+    return [finding._replace(text=f"{spec.name}: {finding.text}") for finding in checked]
+
+
+def doctor(config: EngineConfig | None, env: Mapping[str, str], host: str | None = None) -> list[Finding]:
+    """Every check, in the order in which one would look. Without a node's configuration: the machine alone, with the guide's ports."""
+    visible = visible_gpus(env)
+    findings = [*required_variables(env), proxies(env)]
+    findings += _machine(visible) if config is None else _node(config, visible, host)
+    return [*findings, *torch_runtime(), *nccl_variables(env, visible), nsys()]
+
+
+def _machine(visible: int) -> list[Finding]:
+    findings = [
+        port_is_free("127.0.0.1", port, what) for port, what in ((9080, "router port"), (8067, "prefill port"), (6890, "decode port"))
+    ]
+    may_be_ours = [finding._replace(level="warn") if finding.level == "error" else finding for finding in findings]
+    return [*may_be_ours, ok(f"{visible} GPU{'' if visible == 1 else 's'} visible")]
+
+
+def _node(config: EngineConfig, visible: int, host: str | None) -> list[Finding]:
+    """A node that the router calls online holds its own ports; then they are not asked for."""
+    registered = registration(config)
+    address = config.connector.inference_addr or NodeAddr("127.0.0.1", 8080)
+    if any("is online at the router" in finding.text for finding in registered):
+        return [*_resources(config, visible), *registered]
+    return [*node_preflight(config, host or address.host, address.port, visible), *registered]

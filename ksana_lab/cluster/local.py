@@ -1,0 +1,364 @@
+"""A cluster on this host as one object: starts router and nodes, waits until they serve, closes without leaving anything behind.
+
+    with Cluster.from_yaml("configs/pd_1p1d_cpu.yaml", model_dir=".cache/tiny") as cluster:
+        cluster.generate("Hello", max_tokens=8).text
+
+Two clusters may live in one process, and one may be made again and again. Nodes that the file places on other hosts are waited for, not
+started: run ``python -m ksana_lab.launch cluster FILE --only NAME`` there."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ksana_lab.cluster import checks
+from ksana_lab.cluster.ports import PortPool, is_this_host
+from ksana_lab.cluster.process import ChildProcess, Spawner, answers, wait_for_end, wait_until
+from ksana_lab.cluster.topology import NodeSpec, Plan, RouterSpec, plan
+from ksana_lab.config.cluster import ClusterConfig
+from ksana_lab.config.environment import child_environment, visible_gpus
+from ksana_lab.errors import ConfigError, KsanaLabError, ProcessDied
+from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.protocol.node import comm_key
+from ksana_lab.types import Role
+from ksana_lab.workload.spec import WorkloadSpec
+
+log = logging.getLogger(__name__)
+
+RUN_DIR_VARIABLE = "KSANA_LAB_RUN_DIR"  # where a node makes its private folder; the cluster removes it with its own
+_STOP_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One completion of ``Cluster.generate``."""
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+
+
+class Cluster:
+    """The processes of one ClusterConfig. ``start`` and ``close`` may be left to ``with``."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        trace_dir: str | Path | None = None,
+        log_dir: str | Path | None = None,
+        only: Sequence[str] = (),
+        source: str = "cluster",
+        program: Sequence[str] = (sys.executable, "-m", "ksana_lab.launch"),
+    ) -> None:
+        """Lays the cluster out; starts nothing. ``log_dir``: keep the processes' logs there (default: a private folder, removed by close).
+        ``only``: start just these processes. ``program``: what a process's arguments are given to. Raises ConfigError."""
+        self.config = config
+        self._program = tuple(program)
+        self._ports = PortPool()
+        try:
+            self.plan = self._lay_out(trace_dir, source)
+        except BaseException:
+            self._ports.close()
+            raise
+        self._only = self._checked_only(only)
+        self._log_dir = Path(log_dir) if log_dir is not None else None
+        self._run_dir: Path | None = None
+        self._spawner: Spawner | None = None
+        self._children: dict[str, ChildProcess] = {}
+        self._client = httpx.Client(timeout=httpx.Timeout(10.0), trust_env=False)
+        self._is_closed = False
+
+    @classmethod
+    def from_yaml(
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        model_dir: str | Path | None = None,
+        **options: Any,
+    ) -> Cluster:
+        """Read a cluster file; ``overrides`` as in ``ClusterConfig.from_yaml``, ``options`` as in ``Cluster``. Starts nothing.
+
+        Raises ConfigError."""
+        config = ClusterConfig.from_yaml(path, overrides=overrides, model_dir=None if model_dir is None else str(model_dir))
+        return cls(config, source=str(path), **options)
+
+    def _lay_out(self, trace_dir: str | Path | None, source: str) -> Plan:
+        def choose_port(host: str) -> int:
+            try:
+                return self._ports(host)
+            except OSError:
+                raise ConfigError(
+                    f"{source}: no port can be chosen for {host}, which is not this host; give its ports in the file"
+                ) from None
+
+        return plan(
+            self.config,
+            choose_port=choose_port,
+            num_gpus=visible_gpus(),
+            num_cores=_num_cores(),
+            trace_dir=None if trace_dir is None else str(trace_dir),
+            source=source,
+        )
+
+    def _checked_only(self, only: Sequence[str]) -> frozenset[str]:
+        names = [process.name for process in self.plan.processes]
+        for name in only:
+            if name not in names:
+                raise ConfigError(f"there is no process {name!r}; the processes are {', '.join(names)}")
+        return frozenset(only)
+
+    # ---- opening and closing
+
+    def start(self) -> Cluster:
+        """Start everything and wait until each node is ready and each pair can be routed to.
+
+        Raises ConfigError for what can be known beforehand, ProcessDied with the last log lines for the rest; nothing runs afterwards."""
+        if self._is_closed:
+            raise KsanaLabError("this cluster is closed; make another with Cluster.from_yaml")
+        if self._children:
+            return self
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _start(self) -> None:
+        mine = self._mine()
+        for process in self.plan.processes:
+            if process not in mine:
+                log.info("%s runs on %s: start it there with --only %s", process.name, process.host, process.name)
+        checks.refuse(self.preflight())
+        for warning in self.plan.warnings:
+            log.warning("%s", warning)
+        self._run_dir = Path(tempfile.mkdtemp(prefix="ksana_lab-"))
+        self._spawner = Spawner()
+        atexit.register(self.close)
+        for process in mine:  # the router first; a node that comes before it would only retry
+            self._start_process(process)
+        self._wait_ready(list(self._children.values()))
+
+    def preflight(self) -> list[checks.Finding]:
+        """What would keep the processes of this host from starting, as far as it can be known now."""
+        visible = visible_gpus()
+        return [finding for process in self._mine() for finding in checks.process_preflight(process, visible)]
+
+    def _mine(self) -> list[RouterSpec | NodeSpec]:
+        """What this host starts."""
+        mine: list[RouterSpec | NodeSpec] = []
+        for process in self.plan.processes:
+            if (process.name in self._only) if self._only else is_this_host(process.host):
+                mine.append(process)
+        return mine
+
+    def _start_process(self, spec: RouterSpec | NodeSpec) -> None:
+        assert self._run_dir is not None and self._spawner is not None
+        if isinstance(spec, RouterSpec) and spec.config.database_url is None:
+            spec = RouterSpec(spec.config.model_copy(update={"database_url": f"sqlite:///{self._run_dir / 'router.db'}"}), spec.advertised)
+        config_path = self._run_dir / f"{spec.name}.yaml"
+        config_path.write_text(spec.config_text(), encoding="utf-8")
+        log_dir = self._log_dir or self._run_dir
+        log_dir.mkdir(parents=True, exist_ok=True)
+        child = ChildProcess(
+            spec.name,
+            [*self._program, *spec.arguments(config_path)],
+            env=child_environment(os.environ, {RUN_DIR_VARIABLE: str(self._run_dir)}),
+            log_path=log_dir / f"{spec.name}.log",
+            spawner=self._spawner,
+        )
+        child.start()
+        self._children[spec.name] = child
+
+    def _wait_ready(self, started: Sequence[ChildProcess], predecessor: str | None = None) -> None:
+        """Until ``started`` answer and everything that runs is routed to. ``predecessor``: an incarnation that must no longer be routed to."""
+        timeout_s = self.config.start_timeout_s
+        for child in started:
+            url = next(process.url for process in self.plan.processes if process.name == child.name)
+            wait_until(lambda url=url: answers(f"{url}/health", self._client), timeout_s, f"answer from {child.name}", started)  # type: ignore[misc]
+
+        def missing() -> list[str]:
+            if predecessor and predecessor in self._incarnations().values():
+                return ["the router still knows the old process"]
+            return self._unrouted()
+
+        wait_until(lambda: not missing(), timeout_s, "cluster that is routed to", started, missing)
+
+    def _incarnations(self) -> dict[str, str]:
+        """inference_addr -> which start of the node the router knows."""
+        nodes = (self._router_view() or {}).get("nodes", [])
+        return {str(node.get("inference_addr")): str(node.get("incarnation") or "") for node in nodes}
+
+    def _unrouted(self) -> list[str]:
+        """What the router does not route to yet, in words; empty when the cluster serves. Nodes that were killed are not missed."""
+        view = self._router_view()
+        if view is None:
+            return ["the router does not answer /nodes"]
+        online = {node.get("inference_addr") for node in view.get("nodes", []) if node.get("is_online")}
+        routable = {pair.get("comm_key") for pair in view.get("pairs", []) if pair.get("is_routable")}
+        dead = {name for name, child in self._children.items() if not child.is_alive}
+        missing = [
+            f"{n.name} is not online at the router" for n in self.plan.nodes if n.name not in dead and str(n.inference_addr) not in online
+        ]
+        for p, d in self.plan.pairs():
+            if not dead & {p.name, d.name} and comm_key(p.inference_addr, d.inference_addr) not in routable:
+                missing.append(f"{p.name} and {d.name} are not connected")
+        return missing
+
+    def _router_view(self) -> dict[str, Any] | None:
+        try:
+            answer = self._client.get(f"{self.url}/nodes")
+            return answer.json() if answer.status_code == 200 else None
+        except (httpx.HTTPError, ValueError):
+            return None
+
+    def close(self) -> None:
+        """Stop everything: SIGTERM, then SIGKILL; returns when no process and no port is left. May be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
+        nodes = [child for name, child in self._children.items() if name != self.plan.router.name]
+        router = [child for name, child in self._children.items() if name == self.plan.router.name]
+        for group in (nodes, router):  # nodes sign off at a router that still listens
+            for child in group:
+                if child.is_alive:
+                    child.ask_to_stop()
+            for child in group:
+                child.stop(_STOP_GRACE_S)
+        if self._spawner is not None:
+            self._spawner.close()
+        self._client.close()
+        self._ports.close()
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def __enter__(self) -> Cluster:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- using it
+
+    @property
+    def url(self) -> str:
+        """The router's address, where clients send their requests."""
+        return self.plan.router.url
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self._children) and not self._is_closed
+
+    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Generation:
+        """One completion through the router, waiting for all of it. ``prompt``: text or token ids. ``sampling``: fields of SamplingParams
+        (greedy unless a temperature is given) and ``timeout_s``.
+
+        Raises ProcessDied when a process of the cluster has ended, else KsanaLabError with the server's message."""
+        timeout_s = sampling.pop("timeout_s", 600.0)
+        body: dict[str, Any] = {"stream": False, "sampling_config": _sampling_config(sampling)}
+        body.update({"prompt": prompt} if isinstance(prompt, str) else {"input_tokens": list(prompt)})
+        try:
+            answer = self._client.post(f"{self.url}/generate", json=body, timeout=timeout_s)
+        except httpx.HTTPError as error:
+            self.check()
+            raise KsanaLabError(f"{self.url}/generate: {type(error).__name__}: {error}") from None
+        if answer.status_code != 200:
+            raise KsanaLabError(f"{self.url}/generate answered {answer.status_code}: {answer.text[:500]}")
+        reply = answer.json()
+        return Generation(reply["texts"][0], list(reply["output_token_ids"][0]), list(reply.get("input_token_ids") or []))
+
+    def play(self, spec: WorkloadSpec, **options: Any) -> list[RequestRecord]:
+        """Play a workload through the router; ``options`` as in ``workload.loadgen.play``. Works inside a notebook's running loop."""
+        from ksana_lab.workload.loadgen import play  # the load generator's dependencies are not needed to start a cluster
+
+        return play(self.url, spec, **options)
+
+    def status(self) -> dict[str, Any]:
+        """``url``, this object's ``processes`` (name, role, pid, state, url, devices), and the router's ``nodes`` and ``pairs``."""
+        view = (self._router_view() if self.is_running else None) or {}
+        processes = [self._process_status(process) for process in self.plan.processes]
+        return {"url": self.url, "processes": processes, "nodes": view.get("nodes", []), "pairs": view.get("pairs", [])}
+
+    def _process_status(self, spec: RouterSpec | NodeSpec) -> dict[str, Any]:
+        child = self._children.get(spec.name)
+        state = "not started" if child is None else "running" if child.is_alive else child.describe_end()
+        return {
+            "name": spec.name,
+            "role": spec.role.value if isinstance(spec, NodeSpec) else "router",
+            "pid": child.pid if child is not None and child.is_alive else None,
+            "state": state,
+            "url": spec.url,
+            "devices": list(spec.device_ids) if isinstance(spec, NodeSpec) else [],
+        }
+
+    def logs(self, name: str, lines: int = 50) -> str:
+        """The last lines of one process."""
+        return self._child(name).tail(lines)
+
+    def kill(self, name: str, sig: int = signal.SIGKILL) -> None:
+        """Send a signal to one process, SIGKILL by default: fault injection. Its own children die with it."""
+        self._child(name).kill(sig)
+
+    def restart(self, name: str) -> None:
+        """Stop one process if it still runs, start it anew on the same ports, and wait until the cluster serves again."""
+        spec = next((process for process in self.plan.processes if process.name == name), None)
+        self._child(name).stop(_STOP_GRACE_S)
+        assert spec is not None  # _child knows the names
+        predecessor = self._incarnations().get(str(spec.inference_addr)) if isinstance(spec, NodeSpec) else None
+        self._start_process(spec)
+        self._wait_ready([self._child(name)], predecessor)
+
+    def wait(self, timeout_s: float | None = None) -> list[str]:
+        """Block until a process ends, or the time is up; the names of those that have ended."""
+        return [child.name for child in wait_for_end(list(self._children.values()), timeout_s)]
+
+    def check(self) -> None:
+        """Raises ProcessDied, with its last log lines, when a process has ended."""
+        for child in self._children.values():
+            if not child.is_alive:
+                raise child.died()
+
+    def died(self, name: str) -> ProcessDied:
+        """What to tell the user of a process that has ended."""
+        return self._child(name).died()
+
+    def _child(self, name: str) -> ChildProcess:
+        if name not in self._children:
+            raise KsanaLabError(f"{name!r} is not running here; the processes are {', '.join(self._children) or 'not started'}")
+        return self._children[name]
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "running" if self._children else "not started"
+        counts = {role: sum(node.role is role for node in self.plan.nodes) for role in Role}
+        nodes = ", ".join(f"{count} {role.value}" for role, count in counts.items() if count)
+        return f"<Cluster {self.url}: {nodes}, {state}>"
+
+
+# SamplingParams' names -> /generate's; the others are spelled alike.
+_SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "top_k": "topk", "top_p": "topp", "stop": "stop_strings", "n": "num_return_sequences"}
+
+
+def _sampling_config(sampling: dict[str, Any]) -> dict[str, Any]:
+    """KsanaLLM's ``sampling_config``: greedy is topk 1, and a temperature without top_k draws from all it can name (1024)."""
+    config = {_SAMPLING_NAMES.get(name, name): value for name, value in sampling.items()}
+    if not config.get("temperature"):
+        return {**config, "topk": 1, "temperature": 1.0}
+    return {**config, "topk": config.get("topk") or 1024, "do_sample": True}
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
