@@ -26,6 +26,8 @@ class SendStep:
     start: int
     end: int
     is_last: bool  # the prompt is complete after this step
+    serial: int = 0  # of the sequence on this node, never repeated: a key may be, by a router that restarts
+    attempt: int = 0  # grows when the sequence starts again from token 0 (preemption); what was sent before is void
 
 
 @dataclass(frozen=True)

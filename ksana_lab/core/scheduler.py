@@ -112,6 +112,11 @@ class Scheduler:
         else:
             self._fail(seq, FinishReason.ABORT, RequestAborted.type, f"request was aborted: {reason}", now_ns)
 
+    def fail_all(self, error_type: str, message: str, now_ns: int) -> None:
+        """End every request with an error: the engine goes down."""
+        for seq in list(self._by_request.values()):
+            self._fail(seq, FinishReason.ERROR, error_type, message, now_ns)
+
     def _check_admissible(self, seq: Sequence) -> None:
         if seq.request_id in self._by_request:
             raise InvalidRequest(f"request id {seq.request_id!r} is in use")
@@ -152,7 +157,7 @@ class Scheduler:
             seq.num_inflight_steps -= 1
             seq.num_pending_tokens -= item.samples
             if seq.is_finished:
-                if not seq.num_inflight_steps and self.draining.pop(seq.seq_id, None):
+                if seq.num_inflight_steps == 0 and self.draining.pop(seq.seq_id, None) is not None:
                     self.blocks.free(seq)
             elif item.samples:  # a token sampled before a preemption counts as any other
                 self.generated_tokens += 1

@@ -1,0 +1,299 @@
+"""Runs steps on all ranks: rank 0 here, the others in processes of their own that are told each step over zmq. Starts them, notices when
+one ends, and joins their news of KV transfer: a key counts as sent, received or dropped when every rank has said so.
+
+Every wait is bounded: start-up by a time-out and by the children's lives, a step by the time-out of the tensor-parallel group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from ksana_lab.config.engine import EngineConfig
+from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.core.step import SchedulerOutput
+from ksana_lab.engine.commands import CommandBuilder, FromRank, RankFailed, RankProgress, RankReady, RankSized, SetCache, Stop, ToRank
+from ksana_lab.engine.model_runner import PendingTokens
+from ksana_lab.engine.worker import Worker
+from ksana_lab.engine.worker_main import CONFIG_FILE, rank_address, rendezvous
+from ksana_lab.errors import EngineDead
+from ksana_lab.process import parent_variables
+from ksana_lab.protocol.engine import TransferKey
+from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer.base import TransferProgress
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 1800.0  # a large checkpoint from a slow disk
+_STOP_TIMEOUT_S = 5.0
+_DEATH_NOTICE_S = 3.0  # after an error of rank 0: how long to look whether another rank's end explains it
+_LOG_TAIL_LINES = 30
+
+
+class RankProcess:
+    """One child. Its log goes to ours, and its last lines are kept."""
+
+    def __init__(self, rank: int, ipc_dir: str, num_threads: int, on_exit: Callable[[], None]) -> None:
+        self.rank = rank
+        self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
+        self._on_exit = on_exit
+        command = [sys.executable, "-m", "ksana_lab.engine.worker_main", "--rank", str(rank), "--ipc-dir", ipc_dir]
+        self._process = subprocess.Popen(
+            [*command, "--num-threads", str(num_threads)],
+            env={**os.environ, **parent_variables()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, name=f"rank{rank}-log", daemon=True)
+        self._reader.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def describe_end(self) -> EngineDead:
+        self._reader.join(timeout=1)
+        return EngineDead(f"tensor-parallel rank {self.rank} ended with status {self._process.returncode}", "\n".join(self._tail))
+
+    def stop(self, deadline: float) -> None:
+        """Wait for it to end, kill it at ``deadline`` (time.monotonic)."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.warning("rank %d did not stop in time; killing it", self.rank)
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(timeout=1)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._tail.append(line.rstrip("\n"))
+                sys.stderr.write(line)
+        self._process.wait()
+        self._on_exit()
+
+
+class ProgressJoin:
+    """Holds a key back until all ``num_ranks`` ranks have said the same of it. A failure on one rank is a failure at once."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._seen: dict[tuple[str, TransferKey], set[int]] = defaultdict(set)
+        self._news = TransferProgress()
+
+    def add(self, rank: int, progress: TransferProgress) -> None:
+        for kind, keys, out in (
+            ("sent", progress.sent, self._news.sent),
+            ("received", progress.received, self._news.received),
+            ("dropped", progress.dropped, self._news.dropped),
+        ):
+            for key in keys:
+                ranks = self._seen[kind, key]
+                ranks.add(rank)
+                if len(ranks) == self._num_ranks:
+                    del self._seen[kind, key]
+                    out.append(key)
+        for key, why in progress.failed.items():
+            self._news.failed.setdefault(key, why)
+        for key in self._news.dropped:  # nothing more will be heard of it
+            self._seen.pop(("sent", key), None)
+            self._seen.pop(("received", key), None)
+
+    def take(self) -> TransferProgress:
+        news, self._news = self._news, TransferProgress()
+        return news
+
+
+class Executor:
+    """``submit`` and ``poll`` belong to one thread. ``wake`` is rung, from any thread, when ``poll`` or ``check`` has something to say."""
+
+    def __init__(self, config: EngineConfig, *, ipc_dir: str, recorder: NullRecorder, wake: Callable[[], None]) -> None:
+        self._size = size = config.parallel.tensor_parallel_size
+        self._wake = wake
+        self._is_closing = False
+        self._builder = CommandBuilder(config.runtime.seed)
+        self._progress = ProgressJoin(size)
+        self._rank_stats: dict[int, dict[str, float]] = {}
+        self._context = zmq.Context() if size > 1 else None
+        self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self._children: list[RankProcess] = []
+        self.sockets: list[zmq.Socket] = []  # of ranks 1..; poll them for reading
+        self.worker: Worker | None = None
+        try:
+            self._start_children(config, ipc_dir)
+            self.worker = Worker(config, 0, init_method=rendezvous(ipc_dir), ipc_dir=ipc_dir, recorder=recorder, wake=wake)
+            num_blocks = self._agree_on_blocks()
+            self.layout: KVLayout = self.worker.layout(num_blocks)
+            self.endpoints, self.devices = self._make_caches(num_blocks)
+        except BaseException as error:
+            explained = self._explain(error)
+            self.close()
+            if explained is error:
+                raise
+            raise explained from error
+
+    def submit(self, out: SchedulerOutput) -> PendingTokens:
+        """Start one step on every rank. Raises EngineDead when a rank is gone."""
+        assert self.worker is not None
+        command = self._builder.build(out)
+        self._tell(command)
+        try:
+            return self.worker.execute(command)
+        except Exception as error:
+            explained = self._explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def skip(self, out: SchedulerOutput) -> None:
+        """``out`` is empty and is not executed."""
+        self._builder.note_gone(out.gone)
+
+    def poll(self) -> TransferProgress:
+        """What all ranks agree on since the last call. Never blocks. Raises EngineDead when a rank is gone."""
+        assert self.worker is not None
+        self._progress.add(0, self.worker.poll())
+        for socket in self.sockets:
+            while socket.poll(0):
+                self._hear(self._decoder.decode(socket.recv()))
+        self.check()
+        return self._progress.take()
+
+    def check(self) -> None:
+        """Raises EngineDead, with its last log lines, when a rank's process has ended."""
+        for child in self._children:
+            if not child.is_alive:
+                raise child.describe_end()
+
+    def stats(self) -> dict[str, float]:
+        """Counters of the ranks' connectors, summed."""
+        total: dict[str, float] = defaultdict(float)
+        for stats in (self.worker.stats() if self.worker else {}, *self._rank_stats.values()):
+            for name, value in stats.items():
+                total[name] += value
+        return dict(total)
+
+    def close(self) -> None:
+        """End the other ranks and let go of memory. May be called twice."""
+        self._is_closing = True
+        for socket in self.sockets:
+            socket.send(msgspec.msgpack.encode(Stop()))
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for child in self._children:
+            child.stop(deadline)
+        for socket in self.sockets:
+            socket.close(linger=0)
+        self._children, self.sockets = [], []
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+
+    # ---- start-up ----------------------------------------------------------------------------------------------------
+
+    def _start_children(self, config: EngineConfig, ipc_dir: str) -> None:
+        if self._size == 1:
+            return
+        assert self._context is not None
+        num_threads = config.runtime.num_threads or max(1, torch.get_num_threads() // self._size)
+        torch.set_num_threads(num_threads)
+        Path(ipc_dir, CONFIG_FILE).write_text(config.model_dump_json(), encoding="utf-8")
+        for rank in range(1, self._size):
+            socket = self._context.socket(zmq.PAIR)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.bind(rank_address(ipc_dir, rank))
+            self.sockets.append(socket)
+        self._children = [RankProcess(rank, ipc_dir, num_threads, self._on_child_exit) for rank in range(1, self._size)]
+
+    def _agree_on_blocks(self) -> int:
+        assert self.worker is not None
+        counts = [self.worker.max_num_blocks()]
+        for message in self._await_all(RankSized):
+            counts.append(message.num_blocks)
+        return min(counts)
+
+    def _make_caches(self, num_blocks: int) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+        assert self.worker is not None
+        self._tell(SetCache(num_blocks))
+        self.worker.set_cache(num_blocks)
+        endpoints = [self.worker.endpoint()]
+        devices = [(self.worker.device.index or 0, self.worker.device_name)]
+        for message in self._await_all(RankReady):
+            endpoints.append(message.endpoint)
+            devices.append((message.device_id, message.device_type))
+        return endpoints, devices
+
+    def _await_all(self, kind: type) -> list[Any]:
+        """One message of ``kind`` from each other rank, in rank order."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        messages = []
+        for socket in self.sockets:
+            while not socket.poll(200):
+                self.check()
+                if time.monotonic() > deadline:
+                    raise EngineDead(f"a tensor-parallel rank did not start within {START_TIMEOUT_S:g} s")
+            message = self._decoder.decode(socket.recv())
+            if isinstance(message, RankFailed):
+                raise EngineDead(f"tensor-parallel rank {message.rank}: {message.error}")
+            assert isinstance(message, kind), message
+            messages.append(message)
+        return messages
+
+    # ---- the other ranks ---------------------------------------------------------------------------------------------
+
+    def _tell(self, message: ToRank) -> None:
+        if self.sockets:
+            data = msgspec.msgpack.encode(message)
+            for socket in self.sockets:
+                socket.send(data)
+
+    def _hear(self, message: FromRank) -> None:
+        if isinstance(message, RankFailed):
+            raise EngineDead(f"tensor-parallel rank {message.rank}: {message.error}")
+        assert isinstance(message, RankProgress), message
+        self._rank_stats[message.rank] = message.stats
+        self._progress.add(message.rank, TransferProgress(message.sent, message.received, dict(message.failed), message.dropped))
+
+    def _on_child_exit(self) -> None:
+        """On a log thread. Rank 0 may be waiting for the dead one inside a kernel: leaving the group ends that wait."""
+        if self._is_closing:
+            return
+        worker = self.worker
+        if worker is not None and worker.device.type == "cuda":
+            worker.tp.close()
+        self._wake()
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """EngineDead when another rank's end is the cause of ``error``."""
+        deadline = time.monotonic() + _DEATH_NOTICE_S
+        while self._children and not isinstance(error, EngineDead):
+            dead = next((child for child in self._children if not child.is_alive), None)
+            if dead is not None:
+                return dead.describe_end()
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)  # an error path; there is nothing to wait on
+        return error

@@ -1,0 +1,143 @@
+"""One rank's step: inputs, forward pass, sampling. Three separate parts, so that a captured graph can stand in for the middle one.
+
+Nothing here waits for the device but ``PendingTokens.result``. Knows nothing of the scheduler; transfer is told of finished layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ksana_lab.attention.base import AttentionBackend, AttentionMetadata, ForwardContext
+from ksana_lab.core.step import StepTokens
+from ksana_lab.engine.commands import StepCommand
+from ksana_lab.engine.input_batch import InputBatch, StepInputs
+from ksana_lab.engine.sampler import Sampled
+from ksana_lab.models.decoder import Decoder
+from ksana_lab.transfer.base import WorkerConnector
+from ksana_lab.types import TokenLogprob
+
+
+class PendingTokens:
+    """Tokens on their way to the host. On CUDA the copy is enqueued behind the step; ``result`` waits for it."""
+
+    def __init__(self, seq_ids: list[int], num_logprobs: list[int], sampled: Sampled | None) -> None:
+        self._seq_ids, self._num_logprobs = seq_ids, num_logprobs
+        self._event: torch.cuda.Event | None = None
+        self._tensors: list[Tensor] = []
+        if sampled is None:
+            return
+        tensors = [sampled.token_ids]
+        if sampled.logprobs is not None:
+            tensors += [sampled.logprobs.chosen, sampled.logprobs.top_ids, sampled.logprobs.top]
+        if sampled.token_ids.is_cuda:
+            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._tensors = tensors
+
+    def result(self) -> StepTokens:
+        """The step's tokens. The only place in the engine that waits for the device."""
+        if not self._tensors:
+            return StepTokens()
+        if self._event is not None:
+            self._event.synchronize()
+        token_ids, *logprobs = [tensor.tolist() for tensor in self._tensors]
+        result = StepTokens(dict(zip(self._seq_ids, token_ids, strict=True)))
+        if logprobs:
+            chosen, top_ids, top = logprobs
+            for i, num in enumerate(self._num_logprobs):
+                if num >= 0:
+                    best = tuple(zip(top_ids[i][:num], top[i][:num], strict=True))
+                    result.logprobs[self._seq_ids[i]] = TokenLogprob(token_ids[i], chosen[i], best)
+        return result
+
+
+NO_TOKENS = PendingTokens([], [], None)
+
+
+class ModelRunner:
+    """Owned by one thread. ``set_cache`` before the first ``execute``."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        backend: AttentionBackend,
+        device: torch.device,
+        is_sampling_rank: bool = True,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.backend = backend
+        self.batch = InputBatch(max_num_seqs, max_model_len, block_size, model.config.vocab_size, device)
+        self.connector: WorkerConnector | None = None
+        self._kv_layers: Sequence[Tensor] = ()
+        self._brings_tokens_home = is_sampling_rank
+
+    def set_cache(self, kv_layers: Sequence[Tensor], connector: WorkerConnector | None) -> None:
+        """``kv_layers``: per layer [num_blocks, 2, kv_heads, block_size, head_dim]."""
+        self._kv_layers, self.connector = kv_layers, connector
+
+    @torch.inference_mode()
+    def execute(self, command: StepCommand) -> PendingTokens:
+        """Enqueue one step; on a CPU it is done on return."""
+        self.batch.apply(command)
+        if self.connector is not None:
+            self.connector.begin_step(command.transfer)
+        if not command.seq_ids:
+            return NO_TOKENS
+        inputs = self.batch.prepare(command)
+        hidden = self.forward(inputs)
+        if not inputs.sample_seq_ids:
+            return NO_TOKENS
+        sampled = self.sample(hidden, inputs)
+        if not self._brings_tokens_home:
+            return NO_TOKENS
+        num_logprobs = [self.batch.sampling.num_logprobs(row) for row in inputs.sample_rows] if sampled.logprobs else []
+        return PendingTokens(inputs.sample_seq_ids, num_logprobs, sampled)
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Hidden states [T, hidden] of the step's tokens."""
+        on_layer_done = None if self.connector is None else self.connector.layer_done
+        context = ForwardContext(inputs.attn, self._kv_layers, self.backend, on_layer_done)
+        return self.model(inputs.input_ids, inputs.positions, context)
+
+    def sample(self, hidden: Tensor, inputs: StepInputs) -> Sampled:
+        """A token for each sequence that samples; every rank comes to the same ones, from the same logits."""
+        num = len(inputs.sample_seq_ids)
+        chosen = hidden[:num] if inputs.logits_indices is None else hidden.index_select(0, inputs.logits_indices)
+        sampled = self.batch.sampling.sample(self.model.compute_logits(chosen), inputs.sampling)
+        self.batch.remember(inputs, sampled.token_ids)
+        return sampled
+
+    @torch.inference_mode()
+    def run_largest_step(self, num_tokens: int, num_seqs: int, kv_layers: Sequence[Tensor]) -> None:
+        """A step of ``num_tokens`` prompt tokens and ``num_seqs`` sampled ones that stores nothing: what it allocates is what a real step
+        can need at most. ``kv_layers``: one block suffices, nothing of it is kept."""
+        max_len = min(num_tokens, self.model.config.max_position_embeddings)
+        query_lens = [max_len] * (num_tokens // max_len) + ([num_tokens % max_len] if num_tokens % max_len else [])
+        loc = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+        num_blocks = -(-max_len // self.batch.block_size)
+        attn = AttentionMetadata(
+            num_decodes=0,
+            query_start_loc=torch.from_numpy(loc).to(self.device),
+            seq_lens=torch.tensor(query_lens, dtype=torch.int32, device=self.device),
+            block_tables=torch.zeros(len(query_lens), num_blocks, dtype=torch.int32, device=self.device),
+            slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device),
+            query_lens=query_lens,
+            context_lens=query_lens,
+            max_query_len=max_len,
+            max_seq_len=max_len,
+        )
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in query_lens])
+        hidden = self.model(ids, positions, ForwardContext(attn, kv_layers, self.backend))
+        rows = torch.zeros(num_seqs, dtype=torch.int64, device=self.device)
+        self.model.compute_logits(hidden.index_select(0, rows)).softmax(dim=-1).argmax(dim=-1)

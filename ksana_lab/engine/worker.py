@@ -1,0 +1,196 @@
+"""One tensor-parallel rank: its device, its share of the model, its KV cache, its end of KV transfer. The same in rank 0's process, which
+is the engine's, and in the others'. Knows nothing of the scheduler."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ksana_lab.attention.base import default_backend
+from ksana_lab.config.engine import EngineConfig
+from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.engine.commands import StepCommand
+from ksana_lab.engine.kv_cache import allocate_plain, cpu_num_blocks, cuda_num_blocks, make_layer_views
+from ksana_lab.engine.model_runner import ModelRunner, PendingTokens
+from ksana_lab.errors import ConfigError
+from ksana_lab.layers.tp import TPGroup
+from ksana_lab.models.config import ModelConfig
+from ksana_lab.models.registry import load_model
+from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer.base import TransferProgress, WorkerConnector
+
+log = logging.getLogger(__name__)
+
+_WORKSPACE_MARGIN = 1.1  # fragmentation, and kernels that allocate more at other shapes
+_MIN_WORKSPACE_BYTES = 256 << 20  # cuBLAS, NCCL, graphs
+
+
+def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """Prompt + output tokens of one sequence: the configured bound, but not more than the model has positions for."""
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > model.max_position_embeddings:
+        log.warning("max_token_len %d is cut to the %d positions the model was made for", wanted, model.max_position_embeddings)
+    return min(wanted or model.max_position_embeddings, model.max_position_embeddings)
+
+
+def resolve_device(config: EngineConfig, rank: int) -> torch.device:
+    """Raises ConfigError when the GPU is not there."""
+    runtime, size = config.runtime, config.parallel.tensor_parallel_size
+    if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.device is cuda, but torch sees no GPU here; set device: cpu, or check the driver and CUDA_VISIBLE_DEVICES"
+        )
+    ids = runtime.device_ids or tuple(range(size))
+    if len(ids) < size or max(ids[:size]) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{size} GPUs are asked for (device_ids {list(ids)}), but {torch.cuda.device_count()} are visible; lower tensor_para_size"
+        )
+    return torch.device("cuda", ids[rank])
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """``auto``: the checkpoint's on a GPU, float32 on a CPU."""
+    automatic = model.dtype if device.type == "cuda" else "float32"
+    return getattr(torch, automatic if config.model.dtype == "auto" else config.model.dtype)
+
+
+def open_connector(
+    config: EngineConfig, rank: int, recorder: NullRecorder, wake: Callable[[], None], ipc_dir: str
+) -> WorkerConnector | None:
+    """This rank's end of KV transfer; None on a mixed node."""
+    if not config.connector.role.is_disaggregated:
+        return None
+    from ksana_lab.transfer.worker_side import make_worker_connector
+
+    size = config.parallel.tensor_parallel_size
+    return make_worker_connector(config=config, rank=rank, tp_size=size, recorder=recorder, wake=wake, ipc_dir=ipc_dir)
+
+
+class Worker:
+    """``max_num_blocks``, then ``set_cache``, then ``execute`` for every step. ``wake``: called from any thread when ``poll`` has news."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        *,
+        init_method: str = "",
+        ipc_dir: str = "",
+        recorder: NullRecorder | None = None,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.rank = rank
+        self.device = resolve_device(config, rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.model_config = ModelConfig.from_dir(config.model.model_dir)
+        self.dtype = resolve_dtype(config, self.model_config, self.device)
+        self.max_model_len = max_model_len(config, self.model_config)
+        _refuse_unsupported(config)
+        self.model_config.check_tensor_parallel(config.parallel.tensor_parallel_size)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self.tp = TPGroup.connect(rank, config.parallel.tensor_parallel_size, init_method, backend=backend)
+        self.connector: WorkerConnector | None = None
+        try:
+            model = load_model(self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp)
+            self.runner = ModelRunner(
+                model,
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_model_len=self.max_model_len,
+                block_size=config.cache.block_size,
+                backend=default_backend(self.device),
+                device=self.device,
+                is_sampling_rank=rank == 0,
+            )
+            self.connector = open_connector(config, rank, recorder or NullRecorder(), wake, ipc_dir)
+        except BaseException:
+            self.close()
+            raise
+
+    def layout(self, num_blocks: int) -> KVLayout:
+        model = self.model_config
+        return KVLayout(
+            num_blocks=num_blocks,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_local_kv_heads(self.tp.size),
+            block_size=self.config.cache.block_size,
+            head_dim=model.head_dim,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    def max_num_blocks(self) -> int:
+        """What this rank can hold. On CUDA runs the largest step once, to see what it needs besides; all ranks must call it together."""
+        options, scheduler, block_bytes = self.config.cache, self.config.scheduler, self.layout(1).block_bytes
+        if self.device.type == "cpu":
+            return cpu_num_blocks(options, block_bytes, scheduler.max_num_seqs, self.max_model_len)
+        return cuda_num_blocks(options, block_bytes, self.device, self._measure_workspace())
+
+    def set_cache(self, num_blocks: int) -> None:
+        """Allocate ``num_blocks`` blocks, the same number on every rank."""
+        self.kv_layout = self.layout(num_blocks)
+        allocate = allocate_plain if self.connector is None else self.connector.allocate  # type: ignore[attr-defined]
+        memory = allocate(self.kv_layout.total_bytes, self.device)
+        if self.connector is not None:
+            self.connector.register(memory, self.kv_layout)
+        self.runner.set_cache(make_layer_views(memory, self.kv_layout), self.connector)
+        log.info("rank %d on %s: %d KV blocks of %d tokens, %d MiB", self.rank, self.device, num_blocks, self.kv_layout.block_size,
+                 self.kv_layout.total_bytes >> 20)  # fmt: skip
+
+    def execute(self, command: StepCommand) -> PendingTokens:
+        return self.runner.execute(command)
+
+    def poll(self) -> TransferProgress:
+        """Never blocks."""
+        return TransferProgress() if self.connector is None else self.connector.poll()
+
+    def stats(self) -> dict[str, float]:
+        return {} if self.connector is None else self.connector.stats()
+
+    def endpoint(self) -> dict[str, Any]:
+        """Where peers reach this rank's cache; {} on a mixed node."""
+        return {} if self.connector is None else self.connector.endpoint()  # type: ignore[attr-defined]
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self.connector is not None:
+            self.connector.close()
+            self.connector = None
+        self.tp.close()
+        self.runner = None  # type: ignore[assignment]
+
+    def _measure_workspace(self) -> int:
+        """Bytes that the largest step allocates beside weights and cache."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        layout = self.layout(1)
+        kv_layers = make_layer_views(allocate_plain(layout.total_bytes, self.device), layout)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        scheduler = self.config.scheduler
+        num_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        self.runner.run_largest_step(num_tokens, min(scheduler.max_num_seqs, num_tokens), kv_layers)
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del kv_layers
+        gc.collect()
+        torch.cuda.empty_cache()
+        return max(_MIN_WORKSPACE_BYTES, int(peak * _WORKSPACE_MARGIN))
+
+
+def _refuse_unsupported(config: EngineConfig) -> None:
+    """What was asked for and cannot be done must not pass in silence."""
+    if config.cache.dtype != "auto":
+        raise ConfigError(f"kv_cache.dtype {config.cache.dtype} is not supported; leave it auto")
+    if config.model.quant_method != "auto":
+        raise ConfigError(f"weight.quant_method {config.model.quant_method} is not supported; leave it auto")
