@@ -105,11 +105,11 @@ class _Loop:
     def run(self) -> None:
         self._channel.send(self._engine.ready())
         while not self._is_stopping:
-            self._receive()
             self._emit(self._engine.step())
             self._send_status()
             if not self._engine.is_busy:
                 self._poller.poll(self._wait_ms())
+            self._receive()
         self._emit(self._engine.fail_all("the engine is shutting down"))
 
     def _receive(self) -> None:
