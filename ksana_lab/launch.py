@@ -82,10 +82,10 @@ def _run_router(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_section("router", yaml_file.dump(config.describe()))
         return 0
-    _start_as("router")
     if config.port == 0:
         config = config.model_copy(update={"port": _free_port(config.host)})
     checks.refuse([checks.port_is_free(config.host, config.port, "router port")])
+    _start_as("router")
     from ksana_lab.router.app import serve
 
     return serve(config)
@@ -116,8 +116,8 @@ def _run_node(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _print_node_plan(loaded, host, port)
     require_variables(os.environ)
-    _start_as(role.value)
     checks.refuse(checks.node_preflight(config, host, port, visible_gpus()))
+    _start_as(role.value)
     for warning in loaded.warnings:
         log.warning("%s", warning)
     with tempfile.TemporaryDirectory(prefix="node-", dir=os.environ.get(RUN_DIR_VARIABLE)) as private:

@@ -197,8 +197,10 @@ def heads_divide(config: EngineConfig) -> Finding:
 def gpus(config: EngineConfig, visible: int) -> Finding:
     """``visible``: how many this process can use."""
     runtime, size = config.runtime, config.parallel.tensor_parallel_size
-    if runtime.device == "cpu" or (runtime.device == "auto" and visible == 0 and not runtime.device_ids):
+    if runtime.device == "cpu":
         return ok(f"device cpu, {size} rank{'s' if size > 1 else ''}")
+    if runtime.device == "auto" and visible == 0 and size == 1 and not runtime.device_ids:
+        return ok("device cpu: no GPU is visible")  # more ranks than one would be GPUs that are absent
     wanted = runtime.device_ids or tuple(range(size))
     absent = [gpu for gpu in wanted if gpu >= visible]
     if absent:
@@ -206,8 +208,8 @@ def gpus(config: EngineConfig, visible: int) -> Finding:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         have += f" (CUDA_VISIBLE_DEVICES={chosen})" if chosen is not None else ""
         names = ", ".join(map(str, absent))
-        advice = "lower global.tensor_para_size, change ksana_lab.device_ids, or set ksana_lab.device to cpu"
-        return error(f"GPU {names} asked for (ranks {size}), {have}", advice)
+        advice = "lower global.tensor_para_size, change ksana_lab.device_ids, or run on the CPU: --set ksana_lab.device=cpu"
+        return error(f"GPU {names} asked for (global.tensor_para_size {size}), {have}", advice)
     if len(wanted) != size:
         return error(
             f"ksana_lab.device_ids {list(wanted)} names {len(wanted)} GPUs but global.tensor_para_size is {size}", "make them agree"
@@ -351,8 +353,7 @@ def process_preflight(spec: RouterSpec | NodeSpec, visible: int) -> list[Finding
     """Everything that would stop one process of a plan on this host."""
     if isinstance(spec, RouterSpec):
         return [port_is_free(spec.host, spec.config.port, "router port")]
-    checked = node_preflight(spec.config, spec.host, spec.inference_addr.port, visible)
-    return [finding._replace(text=f"{spec.name}: {finding.text}") for finding in checked]
+    return node_preflight(spec.config, spec.host, spec.inference_addr.port, visible)
 
 
 def doctor(config: EngineConfig | None, env: Mapping[str, str], host: str | None = None) -> list[Finding]:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +155,11 @@ class Cluster:
 
     def preflight(self) -> list[checks.Finding]:
         """What would keep the processes of this host from starting, as far as it can be known now."""
-        visible = visible_gpus()
-        return [finding for process in self._mine() for finding in checks.process_preflight(process, visible)]
+        visible, found = visible_gpus(), defaultdict[checks.Finding, list[str]](list)
+        for process in self._mine():
+            for finding in checks.process_preflight(process, visible):
+                found[finding].append(process.name)
+        return [finding._replace(text=f"{', '.join(names)}: {finding.text}") for finding, names in found.items()]
 
     def _mine(self) -> list[RouterSpec | NodeSpec]:
         """What this host starts."""
@@ -184,7 +188,7 @@ class Cluster:
         self._children[spec.name] = child
 
     def _wait_ready(self, started: Sequence[ChildProcess], predecessor: str | None = None) -> None:
-        """Until ``started`` answer and everything that runs is routed to. ``predecessor``: an incarnation that must no longer be routed to."""
+        """Until ``started`` answer and all that runs is routed to. ``predecessor``: an incarnation that must be forgotten by then."""
         timeout_s = self.config.start_timeout_s
         for child in started:
             url = next(process.url for process in self.plan.processes if process.name == child.name)

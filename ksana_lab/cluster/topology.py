@@ -282,7 +282,7 @@ def _row(process: RouterSpec | NodeSpec) -> tuple[str, ...]:
     if isinstance(process, RouterSpec):
         return process.name, "router", process.host, ports, "-", "-"
     config = process.config
-    devices = ", ".join(f"GPU {gpu}" for gpu in process.device_ids) or f"CPU, {config.runtime.num_threads or 'all'} threads per rank"
+    devices = ", ".join(f"GPU {gpu}" for gpu in process.device_ids) or f"CPU, threads per rank: {config.runtime.num_threads or 'all'}"
     return process.name, process.role.value, process.host, ports, str(config.parallel.tensor_parallel_size), devices
 
 
