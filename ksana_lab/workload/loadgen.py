@@ -7,12 +7,14 @@ reports its send lag (actual minus scheduled) and its loop lag (how late a timer
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ from tqdm.auto import tqdm
 from ksana_lab.metrics.latency import send_lag_s
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.workload.client import Client
+from ksana_lab.workload.event_loop import new_event_loop
 from ksana_lab.workload.spec import LengthReport, Workload, WorkloadRequest, WorkloadSpec
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 MAX_LAG_S = 0.010  # p99 of send lag and of loop lag up to which a run is trusted: a tenth of a TTFT worth reporting
 _LAG_PERIOD_S = 0.010
 _WARMUP_USERS = 4
+_GC_THRESHOLD = 200_000  # containers made and not freed between two collections; Python's own is 700
 T = TypeVar("T")
 
 
@@ -91,7 +95,8 @@ async def run(
         client.model = client.model or info.get("id")
         bar = tqdm(total=len(workload.requests), unit="req", disable=not _shows_progress(progress), leave=False, file=sys.stderr)
         try:
-            return await _Run(client, workload, bar, labels or {}, on_record).play()
+            with _rare_garbage_collections():
+                return await _Run(client, workload, bar, labels or {}, on_record).play()
         finally:
             bar.close()
 
@@ -236,6 +241,21 @@ async def _cancel(tasks: list[asyncio.Task]) -> None:
     await asyncio.gather(*running, return_exceptions=True)
 
 
+@contextmanager
+def _rare_garbage_collections() -> Iterator[None]:
+    """Python's collector stops everything for milliseconds, at any moment, and finds nothing here (a request leaves no cycles): let it
+    come seldom, and leave out what existed before the run."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def _p99(values: list[float]) -> float:
     return float(np.percentile(values, 99)) if values else 0.0
 
@@ -248,7 +268,7 @@ def _in_thread(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Runs the coroutine to its end on a loop in a new thread. Ctrl-C in the calling thread cancels it and waits for it to clean up."""
     result: list[T] = []
     errors: list[BaseException] = []
-    loop = _new_loop()
+    loop = new_event_loop()
     task: list[asyncio.Task[T]] = []
 
     async def main() -> T:
@@ -276,12 +296,3 @@ def _in_thread(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     if errors:
         raise errors[0]
     return result[0]
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop where it is installed (uvicorn brings it): its stamps are later by less when many streams answer at once."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()

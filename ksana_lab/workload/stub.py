@@ -10,12 +10,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
 import orjson
+
+from ksana_lab.workload.event_loop import new_event_loop
 
 
 @dataclass
@@ -65,8 +70,7 @@ class _Connection(asyncio.Protocol):
         self.timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.timer is not None:
@@ -136,19 +140,28 @@ def _message(path: str, body: dict, k: int, num_tokens: int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A server of known timing, to prove a load generator against.")
-    parser.add_argument("--port", type=int, default=8100)
+    parser = argparse.ArgumentParser(
+        description="A server of known timing, to prove a load generator against. Ends with its standard input."
+    )
+    parser.add_argument("--port", type=int, default=8100, help="0 = a free one")
     parser.add_argument("--ttft-ms", type=float, default=100.0)
     parser.add_argument("--gap-ms", type=float, default=10.0)
+    parser.add_argument(
+        "--timings", type=Path, default=None, metavar="FILE", help="at the end, when each token was written (JSON, monotonic seconds)"
+    )
     options = parser.parse_args()
+    stub = StubServer(options.ttft_ms / 1e3, options.gap_ms / 1e3)
 
     async def serve() -> None:
-        server, url = await StubServer(options.ttft_ms / 1e3, options.gap_ms / 1e3).start(port=options.port)
+        server, url = await stub.start(port=options.port)
         print(f"{url}: first token after {options.ttft_ms:g} ms, one every {options.gap_ms:g} ms", flush=True)
-        await server.serve_forever()
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+        server.close()
 
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve())
+        new_event_loop().run_until_complete(serve())
+    if options.timings is not None:
+        options.timings.write_bytes(orjson.dumps(stub.timings))
 
 
 if __name__ == "__main__":

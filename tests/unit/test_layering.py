@@ -88,7 +88,6 @@ def test_the_rule_sees_what_it_should(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     bad = tmp_path / "core" / "x.py"
     bad.parent.mkdir()
-    bad.write_text(
-        "def f():\n    from ksana_lab.engine import a\nif TYPE_CHECKING:\n    import ksana_lab.router.app\nT = {'n': 'ksana_lab.models.m:C'}\n"
-    )
+    lines = ("def f():", "    from ksana_lab.engine import a", "if TYPE_CHECKING:", "    import ksana_lab.router.app")
+    bad.write_text("\n".join((*lines, "T = {'n': 'ksana_lab.models.m:C'}")))
     assert [fault.split()[-1] for fault in forbidden_imports(bad)] == ["engine", "models", "router"]
