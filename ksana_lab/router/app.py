@@ -252,7 +252,12 @@ def _control_app(router: Router) -> FastAPI:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn raises a caught signal again when it is done, which would end the process before ``serve`` can return."""
+    """Says when it listens; and ends by returning, where uvicorn would raise the signal again that stopped it."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            logger.info("listening on http://%s", NodeAddr(*listener.getsockname()[:2]))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -290,7 +295,7 @@ def serve(config: RouterConfig) -> int:
         with bind(config.host, config.port) as listener:
             router = Router(config)
             router.load()
-            logger.info("cluster %s, http://%s, policy %s", config.cluster_name, NodeAddr(*listener.getsockname()[:2]), config.policy)
+            logger.info("cluster %s, policy %s", config.cluster_name, config.policy)
             sys.setswitchinterval(0.0005)  # s; the store's thread must not hold up the token path for the default 5 ms
             _Server(uvicorn_config(router)).run(sockets=[listener])
     except ConfigError as error:

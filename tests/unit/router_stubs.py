@@ -37,7 +37,7 @@ class StubNode:
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
-        self.addr = "127.0.0.1:%d" % self._runner.addresses[0][1]
+        self.addr = f"127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def stop(self) -> None:
         if self._runner is not None:
@@ -175,7 +175,7 @@ async def running_router(**options: object) -> AsyncIterator[RunningRouter]:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await server.is_ready.wait()
         async with aiohttp.ClientSession() as session:
-            yield RunningRouter(router, "http://127.0.0.1:%d" % listener.getsockname()[1], session)
+            yield RunningRouter(router, f"http://127.0.0.1:{listener.getsockname()[1]}", session)
         server.should_exit = True
         await serving
 
