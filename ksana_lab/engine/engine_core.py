@@ -107,7 +107,7 @@ class _Loop:
         while not self._is_stopping:
             self._emit(self._engine.step())
             self._send_status()
-            if not self._engine.is_busy:
+            if not self._engine.is_busy and not self._signals.is_set:
                 self._poller.poll(self._wait_ms())
             self._receive()
         self._emit(self._engine.fail_all("the engine is shutting down"))

@@ -1,0 +1,161 @@
+"""What scheduler tests share: sequences, a loop that plays the workers, and a connector that does what a test tells it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ksana_lab.config.engine import SchedulerOptions
+from ksana_lab.core.block_manager import BlockManager
+from ksana_lab.core.connector import FirstToken, TransferNews
+from ksana_lab.core.scheduler import Scheduler
+from ksana_lab.core.sequence import Sequence
+from ksana_lab.core.step import SchedulerOutput, StepTokens
+from ksana_lab.protocol.engine import SequenceUpdate, TransferKey
+from ksana_lab.types import Role, SamplingParams
+
+VOCAB = 50
+EOS = 49
+BLOCK = 4
+
+
+def true_next(tokens: list[int]) -> int:
+    """The token that the fake model says after ``tokens``: any mix-up of blocks, positions or order changes what follows."""
+    return int.from_bytes(hashlib.blake2b(bytes(tokens), digest_size=4).digest(), "big") % VOCAB
+
+
+def true_output(prompt: list[int], sampling: SamplingParams, max_len: int = 1 << 30, eos: int = EOS) -> list[int]:
+    output: list[int] = []
+    while len(output) < sampling.max_tokens and len(prompt) + len(output) < max_len:
+        output.append(true_next(prompt + output))
+        if output[-1] == eos and not sampling.ignore_eos:
+            break
+    return output
+
+
+def sequence(seq_id: int, prompt: int | list[int], max_tokens: int = 8, *, arrival_ns: int = 0, key: bool = False, **sampling) -> Sequence:
+    """``prompt``: token ids, or how many to make up (different for each seq_id)."""
+    ids = [(seq_id * 7 + i) % (VOCAB - 1) for i in range(prompt)] if isinstance(prompt, int) else prompt
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling)
+    transfer = TransferKey("p:1__d:1", seq_id + 100) if key else None
+    return Sequence(seq_id, f"r{seq_id}", ids, params, arrival_ns, frozenset({EOS}), transfer)
+
+
+def scheduler(
+    num_blocks: int = 64, *, caching: bool = False, max_len: int = 1 << 20, role=Role.MIXED, connector=None, **options
+) -> Scheduler:
+    blocks = BlockManager(num_blocks, BLOCK, enable_prefix_caching=caching)
+    return Scheduler(SchedulerOptions(**options), blocks, max_model_len=max_len, role=role, connector=connector)
+
+
+@dataclass
+class FakeWorkers:
+    """Plays a model with a paged cache: it stores which token stands in which slot, and samples from what the block table leads to.
+    ``depth``: steps under way when the next is scheduled. A step's stores and reads happen when it is its turn, as on a GPU stream."""
+
+    scheduler: Scheduler
+    depth: int = 0
+    now_ns: int = 1
+    updates: list[SequenceUpdate] = field(default_factory=list)
+    on_step: Callable[[SchedulerOutput], None] | None = None
+    num_steps: int = 0
+    is_busy: bool = False
+
+    def __post_init__(self) -> None:
+        self._cache: dict[int, int] = {}  # slot -> token
+        self._tables: dict[int, list[int]] = {}
+        self._tokens: dict[int, list[int]] = {}  # what the workers know of each sequence: prompt, outputs
+        self._inflight: deque[tuple[SchedulerOutput, StepTokens]] = deque()
+
+    def store(self, block_table: list[int], tokens: list[int]) -> None:
+        """KV that came from elsewhere."""
+        for i, token in enumerate(tokens):
+            self._cache[block_table[i // BLOCK] * BLOCK + i % BLOCK] = token
+
+    def turn(self) -> SchedulerOutput:
+        out = self.scheduler.schedule(self.now_ns)
+        for seq_id in out.gone:
+            self._tokens.pop(seq_id, None)
+        if out.scheduled:
+            self._inflight.append((out, self._execute(out)))
+            self.num_steps += 1
+            if self.on_step:
+                self.on_step(out)
+        self.is_busy = bool(self._inflight)
+        if self._inflight and (not out.scheduled or len(self._inflight) > self.depth):
+            self.scheduler.update(*self._inflight.popleft(), self.now_ns)
+        self.updates += self.scheduler.take_updates()
+        return out
+
+    def drain(self, max_turns: int = 5000) -> None:
+        """Turns until nothing is left to run."""
+        for _ in range(max_turns):
+            self.turn()
+            if not self.is_busy:
+                return
+        raise AssertionError(f"not drained after {max_turns} turns: {self.scheduler.running} {self.scheduler.waiting}")
+
+    def outputs(self) -> dict[str, list[int]]:
+        result: dict[str, list[int]] = {}
+        for update in self.updates:
+            result.setdefault(update.request_id, []).extend(update.new_token_ids)
+        return result
+
+    def finishes(self) -> dict[str, str]:
+        return {u.request_id: u.error_type or u.finish.value for u in self.updates if u.finish}
+
+    def _execute(self, out: SchedulerOutput) -> StepTokens:
+        for item in out.scheduled:  # stores of the whole step come before any read, as in a layer
+            seq = item.seq
+            known = self._tokens.setdefault(seq.seq_id, seq.tokens(0, seq.num_tokens))
+            self._tables[seq.seq_id] = list(seq.block_table)
+            for position in range(item.start, item.end):
+                self._cache[self._slot(seq.seq_id, position)] = known[position]
+        result = StepTokens()
+        for item in out.scheduled:
+            if item.samples:
+                seq_id = item.seq.seq_id
+                context = [self._cache[self._slot(seq_id, position)] for position in range(item.end)]
+                result.tokens[seq_id] = true_next(context)
+                self._tokens[seq_id].append(result.tokens[seq_id])
+        return result
+
+    def _slot(self, seq_id: int, position: int) -> int:
+        return self._tables[seq_id][position // BLOCK] * BLOCK + position % BLOCK
+
+
+@dataclass
+class FakeConnector:
+    """A connector whose peer is the test."""
+
+    news: TransferNews = field(default_factory=TransferNews)
+    keeps_blocks: bool = True  # what on_finished answers
+    remote: bool = True
+    announced: list[int] = field(default_factory=list)
+    first_tokens: dict[int, int] = field(default_factory=dict)
+    finished: list[int] = field(default_factory=list)
+    sends: list[tuple[int, int, int]] = field(default_factory=list)
+
+    has_pending = False
+
+    def num_remote_tokens(self, seq: Sequence) -> int:
+        return seq.num_prompt_tokens if self.remote else 0
+
+    def on_allocated(self, seq: Sequence) -> None:
+        self.announced.append(seq.seq_id)
+
+    def step_meta(self, out: SchedulerOutput) -> None:
+        self.sends += [(item.seq.seq_id, 0 if item.is_first else item.start, item.end) for item in out.scheduled if item.seq.transfer]
+
+    def on_first_token(self, seq: Sequence, first: FirstToken) -> None:
+        self.first_tokens[seq.seq_id] = first.token_id
+
+    def on_finished(self, seq: Sequence) -> bool:
+        self.finished.append(seq.seq_id)
+        return self.keeps_blocks
+
+    def poll(self) -> TransferNews:
+        news, self.news = self.news, TransferNews()
+        return news
