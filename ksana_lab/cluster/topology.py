@@ -150,7 +150,7 @@ class _Planner:
         nodes: list[NodeSpec] = []
         for name, group in self._cluster.nodes.items():
             base = self._group_tree(group)
-            nodes += [self._node(f"{name}{index}", group, index, base, router) for index in range(group.count)]
+            nodes += [self._node(name, group, index, base, router) for index in range(group.count)]
         return Plan(router, tuple(_with_threads(node, nodes, num_cores) for node in nodes))
 
     def _router(self) -> RouterSpec:
@@ -191,8 +191,8 @@ class _Planner:
             put(tree, ("ksana_lab", "trace_dir"), self._trace_dir)
         return tree
 
-    def _node(self, name: str, group: NodeGroup, index: int, base: dict[str, Any], router: RouterSpec) -> NodeSpec:
-        host = self._host(group, index)
+    def _node(self, group_name: str, group: NodeGroup, index: int, base: dict[str, Any], router: RouterSpec) -> NodeSpec:
+        name, host = f"{group_name}{index}", self._host(group, index)
         port = (group.ports and group.ports[index]) or self._ports.claim(host, 0, f"{name} (HTTP)")
         coordinator = (group.coordinator_ports and group.coordinator_ports[index]) or self._ports.claim(host, 0, f"{name} (coordinator)")
         connector = {
@@ -203,7 +203,7 @@ class _Planner:
             "cluster_name": self._cluster.router.cluster_name,
         }
         tree = merge(base, {"setting": {"connector": connector}})
-        where = f"{self._source}: nodes.{name}"
+        where = f"{self._source}: nodes.{group_name}"
         loaded = ksana_yaml.translate(ksana_yaml.substitute(tree, {}, where), where, num_gpus=self._num_gpus)
         node = NodeSpec(name, host, tree, loaded.config, tuple(loaded.warnings))
         return node if self._is_on_cpu(loaded.config) else _with_runtime(node, {"device_ids": self._devices(node, group, index)})

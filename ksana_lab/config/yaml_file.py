@@ -89,7 +89,7 @@ def dump(data: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes floats with a point, so that ``1e-05`` comes back as a number in any reader."""
+    """Quotes what YAML 1.1 or 1.2 would read as something else, and writes floats with a point: any reader gets the same values."""
 
 
 def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
@@ -99,6 +99,8 @@ def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(text, text))
 
 
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Dumper.add_representer(float, _float)
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True))
 
