@@ -40,6 +40,7 @@ from ksana_lab.types import NodeAddr, Role
 log = logging.getLogger("ksana_lab.launch")
 
 _ENGINE_GRACE_S = 10.0
+_DEATH_NOTICE_S = 3.0  # how long to look whether the engine's end explains the server's
 _SERVER_GRACE_S = 10.0  # for the API server to answer what is in flight after its engine died
 
 # Flags of the reference's serving_server that mean nothing here: refused with a reason rather than ignored.
@@ -120,11 +121,13 @@ def _run_node(args: argparse.Namespace) -> int:
     _start_as(role.value)
     for warning in loaded.warnings:
         log.warning("%s", warning)
+    if args.access_log:
+        log.warning("--access_log: requests are not logged one by one; --trace DIR records every phase of each, /metrics counts them")
     with tempfile.TemporaryDirectory(prefix="node-", dir=os.environ.get(RUN_DIR_VARIABLE)) as private:
-        return _serve_node(config, host, port, Path(private), access_log=args.access_log)
+        return _serve_node(config, host, port, Path(private))
 
 
-def _serve_node(config: EngineConfig, host: str, port: int, private: Path, *, access_log: bool) -> int:
+def _serve_node(config: EngineConfig, host: str, port: int, private: Path) -> int:
     """The engine as a child, the API server here; whichever ends first ends the other."""
     from ksana_lab.server.app import serve
 
@@ -134,14 +137,12 @@ def _serve_node(config: EngineConfig, host: str, port: int, private: Path, *, ac
     command = [sys.executable, "-m", "ksana_lab.launch", "engine", "--config-json", str(config_path), "--api", api_address]
     engine = ChildProcess("engine", command, env=child_environment(os.environ))
     engine.start()
-    if access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     threading.Thread(target=_follow_engine, args=(engine,), name="engine-watch", daemon=True).start()
     try:
         code = serve(config, host, port, api_address, lambda: None if engine.is_alive else engine.tail() or engine.describe_end())
-        if engine.is_alive:
-            return code
-        raise engine.died()
+        if code != 0 and wait_for_end([engine], _DEATH_NOTICE_S):
+            raise engine.died()
+        return code
     finally:
         engine.stop(_ENGINE_GRACE_S)
 
@@ -360,7 +361,7 @@ def _add_node(parser: argparse.ArgumentParser) -> None:
     _add_config_options(parser, required=True)
     parser.add_argument("--port", type=int, help="HTTP port (that of connector.inference_addr, with which it must agree)")
     parser.add_argument("--endpoint", help=argparse.SUPPRESS)
-    parser.add_argument("--access_log", "--access-log", action="store_true", help="log every HTTP request")
+    parser.add_argument("--access_log", "--access-log", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print configuration, processes, ports and GPUs, and start nothing")
     for flag in _REFUSED_FLAGS:
         parser.add_argument(flag, nargs="?", action=_Refuse, help=argparse.SUPPRESS)

@@ -25,14 +25,14 @@ import httpx
 
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.ports import PortPool, is_this_host
-from ksana_lab.cluster.process import ChildProcess, Spawner, answers, wait_for_end, wait_until
+from ksana_lab.cluster.process import ChildProcess, Spawner, wait_for_end, wait_until
 from ksana_lab.cluster.topology import NodeSpec, Plan, RouterSpec, plan
 from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.config.environment import child_environment, visible_gpus
 from ksana_lab.errors import ConfigError, KsanaLabError, ProcessDied
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.protocol.node import comm_key
-from ksana_lab.types import Role
+from ksana_lab.types import Role, SamplingParams
 from ksana_lab.workload.spec import WorkloadSpec
 
 log = logging.getLogger(__name__)
@@ -188,18 +188,16 @@ class Cluster:
         self._children[spec.name] = child
 
     def _wait_ready(self, started: Sequence[ChildProcess], predecessor: str | None = None) -> None:
-        """Until ``started`` answer and all that runs is routed to. ``predecessor``: an incarnation that must be forgotten by then."""
-        timeout_s = self.config.start_timeout_s
-        for child in started:
-            url = next(process.url for process in self.plan.processes if process.name == child.name)
-            wait_until(lambda url=url: answers(f"{url}/health", self._client), timeout_s, f"answer from {child.name}", started)  # type: ignore[misc]
+        """Until the router routes to all that runs here or elsewhere. ``predecessor``: an incarnation that must be forgotten by then.
+
+        Nodes are not asked: one registers when its engine is ready, and a pair is routable when both sides have said so."""
 
         def missing() -> list[str]:
             if predecessor and predecessor in self._incarnations().values():
                 return ["the router still knows the old process"]
             return self._unrouted()
 
-        wait_until(lambda: not missing(), timeout_s, "cluster that is routed to", started, missing)
+        wait_until(lambda: not missing(), self.config.start_timeout_s, "complete cluster", started, missing)
 
     def _incarnations(self) -> dict[str, str]:
         """inference_addr -> which start of the node the router knows."""
@@ -269,7 +267,7 @@ class Cluster:
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Generation:
         """One completion through the router, waiting for all of it. ``prompt``: text or token ids. ``sampling``: fields of SamplingParams
-        (greedy unless a temperature is given) and ``timeout_s``.
+        without ``n`` (greedy unless a temperature is given), and ``timeout_s``.
 
         Raises ProcessDied when a process of the cluster has ended, else KsanaLabError with the server's message."""
         timeout_s = sampling.pop("timeout_s", 600.0)
@@ -353,12 +351,15 @@ class Cluster:
 
 
 # SamplingParams' names -> /generate's; the others are spelled alike.
-_SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "top_k": "topk", "top_p": "topp", "stop": "stop_strings", "n": "num_return_sequences"}
+_SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "top_k": "topk", "top_p": "topp", "stop": "stop_strings"}
 
 
 def _sampling_config(sampling: dict[str, Any]) -> dict[str, Any]:
     """KsanaLLM's ``sampling_config``: greedy is topk 1, and a temperature without top_k draws from all it can name (1024)."""
-    config = {_SAMPLING_NAMES.get(name, name): value for name, value in sampling.items()}
+    config: dict[str, Any] = {"max_new_tokens": SamplingParams.max_tokens}
+    config |= {_SAMPLING_NAMES.get(name, name): value for name, value in sampling.items()}
+    if isinstance(config.get("stop_strings"), str):
+        config["stop_strings"] = [config["stop_strings"]]
     if not config.get("temperature"):
         return {**config, "topk": 1, "temperature": 1.0}
     return {**config, "topk": config.get("topk") or 1024, "do_sample": True}

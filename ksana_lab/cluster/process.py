@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TypeVar
 
-import httpx
 import psutil
 
 from ksana_lab.errors import ProcessDied
@@ -252,14 +251,6 @@ def _poll_for_end(children: Sequence[ChildProcess], timeout_s: float | None) -> 
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while all(child.is_alive for child in children) and (deadline is None or time.monotonic() < deadline):
         time.sleep(_MAX_POLL_S if deadline is None else min(_MAX_POLL_S, max(0.0, deadline - time.monotonic())))
-
-
-def answers(url: str, client: httpx.Client) -> bool:
-    """Whether GET ``url`` is answered with 200."""
-    try:
-        return client.get(url).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
