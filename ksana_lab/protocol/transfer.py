@@ -18,7 +18,7 @@ MAX_MESSAGE_BYTES = 8 << 20
 
 Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
-Id = Annotated[int, Meta(ge=0, lt=2**63)]  # sessions and windows: random or counted, 0 = none
+Id = Annotated[int, Meta(ge=0, lt=2**63 - 1)]  # sessions and windows: random or counted, 0 = none
 Blocks = Annotated[list[Count], Meta(max_length=1 << 20)]
 
 
@@ -58,6 +58,7 @@ class Hello(msgspec.Struct, tag=True):
     incarnation: Text  # new for every start of the engine process
     shape: Shape
     endpoints: Annotated[list[Endpoint], Meta(max_length=4096)]
+    checksum: bool = False  # D wants every piece checked; P may want it, too
 
 
 class Welcome(msgspec.Struct, tag=True):
@@ -163,6 +164,7 @@ class ConnectPeer(msgspec.Struct, tag=True):
     peer: Text  # D's name for logs and events
     shape: Shape
     endpoints: list[Endpoint]
+    checksum: bool
     timeout_s: float
 
 
@@ -193,6 +195,7 @@ class Expect(msgspec.Struct, tag=True):
     num_tokens: Count
     num_cached_tokens: Count
     peer_tp_size: Count
+    num_kv_heads: Count  # of the model
 
 
 class Drop(msgspec.Struct, tag=True):
@@ -231,7 +234,7 @@ class RankSent(msgspec.Struct, tag=True):
 
     rank: Count
     key: TransferKey
-    serial: Id
+    serial: Id  # as in SendStep
 
 
 class RankReceived(msgspec.Struct, tag=True):

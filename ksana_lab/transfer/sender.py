@@ -1,0 +1,529 @@
+"""A prefill rank's half of the data plane: sends each piece of KV as soon as it is both computed and announced.
+
+The model's thread only notes that a layer is done; control messages only note where things go; sender threads do everything that may wait.
+Each link belongs to one sender thread, so what goes to one decode rank arrives in order. One lock guards the bookkeeping; it is never held
+while bytes move."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from ksana_lab.config.engine import ConnectorOptions
+from ksana_lab.core.connector import SendStep
+from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.errors import TransferError
+from ksana_lab.protocol import transfer as wire
+from ksana_lab.protocol.engine import TransferKey
+from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer.backends.tcp import host_view
+from ksana_lab.transfer.base import Link, Ticket, TransferBackend
+from ksana_lab.transfer.layer_tracker import LayerTracker
+from ksana_lab.transfer.link import Pacer, Pacers
+from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Step, choose_mode
+from ksana_lab.transfer.plan import Copies, HeadSlice, between, copies, head_slices, rank_layout, slice_bytes
+from ksana_lab.transfer.registry import host_id
+
+log = logging.getLogger(__name__)
+
+_MAX_TOMBSTONES = 4096
+_POLL_DEVICE_S = 50e-6  # how often a copy that a device is making is looked at, while there is one
+
+
+@dataclass(eq=False)
+class _Flight:
+    """One piece on its way."""
+
+    out: Outgoing[_PeerLink]
+    route: Route[_PeerLink]
+    attempt: int
+    piece: Piece
+    due_ns: int  # not to arrive before this: the emulated link
+    start_ns: int = 0
+    nbytes: int = 0
+    num_copies: int = 0
+    tickets: list[Ticket] = field(default_factory=list)
+    is_written: bool = False
+    notice: bytes = b""
+
+
+@dataclass(eq=False)
+class _PeerLink:
+    """The way to one rank of one decode node."""
+
+    peer: _Peer
+    rank: int
+    slices: list[HeadSlice]
+    owner: Sender
+    link: Link | None = None
+    thread: _SendThread | None = None
+    written: deque[_Flight] = field(default_factory=deque)  # bytes handed to the backend, notice not sent yet
+    unacked: dict[int, _Flight] = field(default_factory=dict)  # by token
+    is_lost: bool = False
+    wire_until_ns: int = 0
+
+    def on_ack(self, token: int, error: str | None) -> None:
+        self.owner._on_ack(self, token, error)
+
+    def on_lost(self, reason: str) -> None:
+        self.owner._on_lost(self, reason)
+
+
+@dataclass(eq=False)
+class _Peer:
+    """One decode node, for one session."""
+
+    session: int
+    name: str
+    layout: KVLayout
+    pacer: Pacer
+    wants_checksum: bool
+    links: dict[int, _PeerLink] = field(default_factory=dict)
+    is_closed: bool = False
+
+
+class Sender:
+    """``report`` is called from any thread and must not block. ``begin_step`` and ``layer_done`` belong to the model's thread."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        tp_size: int,
+        layout: KVLayout,
+        cache: torch.Tensor,
+        backends: Sequence[TransferBackend],
+        options: ConnectorOptions,
+        recorder: NullRecorder,
+        report: Callable[[msgspec.Struct], None],
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._rank, self._tp_size = rank, tp_size
+        self._layout, self._cache, self._backends = layout, cache, backends
+        self._options, self._recorder, self._report, self._on_fatal = options, recorder, report, on_fatal
+        self._pacers = Pacers(options.link, tp_size)
+        self._lock = threading.Lock()
+        self._outgoing: dict[TransferKey, Outgoing[_PeerLink]] = {}  # in order of arrival; also those only announced
+        self._dropping: dict[Outgoing[_PeerLink], wire.Dropped] = {}  # said when the last write under way is over
+        self._tombstones: OrderedDict[TransferKey, int] = OrderedDict()  # key -> serial: later steps of it are ignored
+        self._peers: dict[int, _Peer] = {}
+        self._threads: list[_SendThread] = []
+        self._steps: dict[int, Step] = {}
+        self._next_step = 0
+        self._next_token = 0
+        self._is_closed = False
+        self._counters = dict.fromkeys(
+            ("bytes_sent", "transfers", "copies", "requests_sent_ranks", "wire_s", "exposed_s", "send_failures", "connect_retries"), 0.0
+        )
+        make_event = None
+        if cache.device.type == "cuda":
+            make_event = lambda: torch.cuda.Event(blocking=True)  # noqa: E731
+        self._tracker = LayerTracker(layout.num_layers, self._on_layer, make_event)
+
+    # ---- the model's thread ------------------------------------------------------------------------------------------
+
+    def begin_step(self, sends: Sequence[SendStep]) -> None:
+        """Raises TransferError when the step before was not reported whole."""
+        if not sends:
+            self._tracker.begin_step(None)
+            return
+        step = Step(self._layout.num_layers)
+        with self._lock:
+            number = self._next_step
+            self._next_step += 1
+            self._steps[number] = step
+            for send in sends:
+                self._add(send, step)
+        self._tracker.begin_step(number)
+
+    def layer_done(self, layer: int) -> None:
+        self._tracker.layer_done(layer)
+
+    def _on_layer(self, number: int, layer: int) -> None:
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            step = self._steps[number]
+            step.ready_ns.append(now_ns)
+            if step.is_done:
+                del self._steps[number]
+                self._report_sent([out for out in self._outgoing.values() if out.chunks and out.chunks[-1].step is step], now_ns)
+            self._wake_senders()
+
+    def _add(self, send: SendStep, step: Step) -> None:
+        if self._tombstones.get(send.key, -1) >= send.serial:
+            return  # dropped while this step was on its way here
+        out = self._outgoing.get(send.key)
+        if out is None:
+            out = self._outgoing[send.key] = self._new_outgoing(send.key)
+        assert out.serial in (0, send.serial), (out.key, out.serial, send.serial)  # the scheduler's side refuses a key that is in use
+        out.serial = send.serial
+        out.add(send, step)
+
+    def _new_outgoing(self, key: TransferKey) -> Outgoing[_PeerLink]:
+        return Outgoing(key, 0, self._layout.num_layers, self._layout.block_size)
+
+    # ---- control -----------------------------------------------------------------------------------------------------
+
+    def connect_peer(self, message: wire.ConnectPeer) -> None:
+        """In the background."""
+        threading.Thread(target=self._connect, args=(message,), name="kv-connect", daemon=True).start()
+
+    def close_peer(self, message: wire.ClosePeer) -> None:
+        """In the background: nothing is written to the peer once its links are closed, which it sees."""
+        with self._lock:
+            peer = self._peers.pop(message.session, None)
+            links = self._retire(peer) if peer is not None else []
+        if links:
+            threading.Thread(target=_close_all, args=(links,), name="kv-disconnect", daemon=True).start()
+
+    def target(self, message: wire.Target) -> None:
+        """Where a prompt goes is known; what is computed of it goes now."""
+        with self._lock:
+            peer = self._peers.get(message.session)
+            if peer is None:
+                self._fail(message.key, message.window, "the connection to the decode node is gone")
+                return
+            out = self._outgoing.get(message.key)
+            if out is None:
+                out = self._outgoing[message.key] = self._new_outgoing(message.key)
+            out.target = message
+            out.routes = [Route(link) for link in peer.links.values()]
+            num_tokens = message.num_tokens - message.num_cached_tokens
+            layer_bytes = max((slice_bytes(self._layout, link.slices, num_tokens, 1) for link in peer.links.values()), default=0)
+            out.mode, out.group = choose_mode(self._options.transfer_mode, self._options.layers_per_chunk, num_tokens, layer_bytes)
+            self._report_sent([out], time.monotonic_ns())
+            self._wake_senders()
+
+    def drop(self, message: wire.Drop) -> None:
+        """Nothing more is read for this key; ``Dropped`` is reported when that is certain."""
+        reply = wire.Dropped(self._rank, message.key, message.serial, message.window)
+        with self._lock:
+            if message.serial:
+                self._tombstones[message.key] = message.serial
+                self._tombstones.move_to_end(message.key)
+                if len(self._tombstones) > _MAX_TOMBSTONES:
+                    self._tombstones.popitem(last=False)
+            out = self._outgoing.pop(message.key, None)
+            if out is not None:
+                out.is_dropped = True
+                if out.num_writing:
+                    self._dropping[out] = reply
+                    return
+        self._report(reply)
+
+    def stats(self) -> dict[str, float]:
+        with self._lock:
+            return dict(self._counters)
+
+    def close(self) -> None:
+        """Stops sending; links are closed. May be called twice."""
+        with self._lock:
+            self._is_closed = True
+            links = [link for peer in self._peers.values() for link in self._retire(peer)]
+            self._peers.clear()
+            self._wake_senders()
+        self._tracker.close()
+        _close_all(links)
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    # ---- connections -------------------------------------------------------------------------------------------------
+
+    def _connect(self, message: wire.ConnectPeer) -> None:
+        peer = _Peer(message.session, message.peer, rank_layout(message.shape), self._pacers.make(), message.checksum)
+        slices = head_slices(self._tp_size, message.shape.tp_size, message.shape.num_kv_heads)
+        try:
+            for endpoint in message.endpoints:
+                if mine := between(slices, self._rank, endpoint.rank):
+                    link = peer.links[endpoint.rank] = _PeerLink(peer, endpoint.rank, mine, self)
+                    link.link = self._reach(endpoint, message, link)
+            self._adopt(peer)
+        except TransferError as error:
+            with self._lock:
+                self._counters["connect_retries"] += 1
+            _close_all(self._retire_unlocked(peer))
+            self._report(wire.PeerLost(self._rank, message.session, wire.clip(str(error))))
+        except Exception as error:
+            self._on_fatal(error)
+        else:
+            self._report(wire.PeerConnected(self._rank, message.session))
+
+    def _reach(self, endpoint: wire.Endpoint, message: wire.ConnectPeer, link: _PeerLink) -> Link:
+        """By the best backend that both sides have. Raises TransferError that names what was tried."""
+        tried = []
+        for backend in self._backends:
+            address = endpoint.backends.get(backend.name)
+            if address is None:
+                continue
+            if backend.name == "shm" and endpoint.host_id != host_id():
+                tried.append("shm: the decode node is on another host")
+                continue
+            try:
+                reached = backend.connect(address, self._cache, message.session, link, message.timeout_s)
+            except TransferError as error:
+                tried.append(f"{backend.name}: {error}")
+                continue
+            log.info("rank %d reaches rank %d of %s by %s", self._rank, endpoint.rank, message.peer, backend.name)
+            return reached
+        mine, theirs = [b.name for b in self._backends], list(endpoint.backends)
+        raise TransferError(
+            f"no way to rank {endpoint.rank} of {message.peer}: this node has {mine}, the decode node {theirs}; {'; '.join(tried)}"
+        )
+
+    def _adopt(self, peer: _Peer) -> None:
+        """The links are up: give each to a sender thread."""
+        with self._lock:
+            if self._is_closed or any(link.is_lost for link in peer.links.values()):
+                raise TransferError("the connection was lost while it was made")
+            self._peers[peer.session] = peer
+            for link in peer.links.values():
+                if len(self._threads) < self._options.num_send_threads:
+                    self._threads.append(_SendThread(self, self._lock))
+                    self._threads[-1].start()
+                link.thread = min(self._threads, key=lambda thread: len(thread.links))
+                link.thread.links.append(link)
+
+    def _retire_unlocked(self, peer: _Peer) -> list[Link]:
+        with self._lock:
+            return self._retire(peer)
+
+    def _retire(self, peer: _Peer) -> list[Link]:
+        """Take a peer's links out of service; the caller closes what is returned, without the lock."""
+        peer.is_closed = True
+        for link in peer.links.values():
+            self._abandon(link)
+            if link.thread is not None and link in link.thread.links:
+                link.thread.links.remove(link)
+        return [link.link for link in peer.links.values() if link.link is not None]
+
+    def _abandon(self, link: _PeerLink) -> None:
+        """Nothing goes over ``link`` any more."""
+        link.is_lost = True
+        for flight in link.written:
+            self._set_written(flight)
+        link.written.clear()
+        link.unacked.clear()
+
+    def _on_lost(self, link: _PeerLink, reason: str) -> None:
+        with self._lock:
+            is_news = not link.peer.is_closed and not link.is_lost
+            self._abandon(link)
+            self._counters["send_failures"] += is_news
+        if is_news:
+            self._report(wire.PeerLost(self._rank, link.peer.session, wire.clip(f"rank {link.rank} of {link.peer.name}: {reason}")))
+
+    # ---- sending -----------------------------------------------------------------------------------------------------
+
+    def _wake_senders(self) -> None:
+        for thread in self._threads:
+            thread.wake.notify()
+
+    def _next_job(self, links: Sequence[_PeerLink], now_ns: int) -> tuple[_PeerLink | None, _Flight | None, float | None]:
+        """Under the lock: (link, flight) whose notice is due or whose bytes may go; else how many seconds to wait at most (None = until
+        woken)."""
+        wait_s: float | None = None
+        for link in links:
+            while link.written:
+                flight = link.written[0]
+                if not self._is_written(link, flight):
+                    wait_s = _sooner(wait_s, _POLL_DEVICE_S)
+                    break
+                if flight.due_ns > now_ns:
+                    wait_s = _sooner(wait_s, (flight.due_ns - now_ns) / 1e9)
+                    break
+                link.written.popleft()
+                if not flight.out.is_dropped and flight.attempt == flight.out.attempt:
+                    return link, flight, None
+        for out in self._outgoing.values():
+            for route in out.routes:
+                link = route.link
+                if link.is_lost or link not in links:
+                    continue
+                if busy_ns := link.peer.pacer.wait_ns(now_ns):
+                    wait_s = _sooner(wait_s, busy_ns / 1e9)
+                    continue
+                if (piece := out.take(route)) is not None:
+                    return link, self._begin(out, route, piece, now_ns), None
+        return None, None, wait_s
+
+    def _begin(self, out: Outgoing[_PeerLink], route: Route[_PeerLink], piece: Piece, now_ns: int) -> _Flight:
+        out.num_writing += 1
+        nbytes = slice_bytes(self._layout, route.link.slices, piece.end - piece.start, len(piece.layers))
+        return _Flight(out, route, out.attempt, piece, route.link.peer.pacer.book(nbytes, now_ns), now_ns, nbytes)
+
+    def _is_written(self, link: _PeerLink, flight: _Flight) -> bool:
+        try:
+            if not all(ticket.done() for ticket in flight.tickets):
+                return False
+        except TransferError as error:
+            log.warning("a copy to %s failed: %s", link.peer.name, error)
+            if link.link is not None:
+                threading.Thread(target=link.link.close, daemon=True).start()
+            self._abandon(link)
+            self._report(wire.PeerLost(self._rank, link.peer.session, wire.clip(str(error))))
+            return False
+        self._set_written(flight)
+        return True
+
+    def _set_written(self, flight: _Flight) -> None:
+        """The source is not read any more."""
+        if flight.is_written:
+            return
+        flight.is_written = True
+        out = flight.out
+        out.num_writing -= 1
+        if not out.num_writing and (reply := self._dropping.pop(out, None)) is not None:
+            self._report(reply)
+
+    def _write(self, link: _PeerLink, flight: _Flight) -> None:
+        """Without the lock: hand the bytes to the backend."""
+        out, piece = flight.out, flight.piece
+        assert out.target is not None and link.link is not None
+        try:
+            runs = copies(
+                self._layout, link.peer.layout, link.slices, out.block_table, out.target.blocks, piece.start, piece.end, piece.layers
+            )
+            flight.num_copies = len(runs)
+            flight.notice = self._notice(link, flight, runs)
+            batch = self._options.transfer_batch
+            for first in range(0, len(runs), batch):
+                flight.tickets.append(link.link.write(runs[first : first + batch], out.target.window))
+        except TransferError as error:
+            log.warning("sending KV of %s to %s failed: %s", out.key, link.peer.name, error)
+            with self._lock:
+                self._set_written(flight)
+                if not out.is_dropped:
+                    self._fail(out.key, out.target.window, str(error))
+            return
+        with self._lock:
+            if link.is_lost:
+                self._set_written(flight)
+            else:
+                link.written.append(flight)
+
+    def _notice(self, link: _PeerLink, flight: _Flight, runs: Copies) -> bytes:
+        out, piece = flight.out, flight.piece
+        assert out.target is not None
+        notice = wire.Notice(
+            key=out.key, window=out.target.window, serial=out.serial, attempt=flight.attempt, rank=self._rank,
+            start=piece.start, end=piece.end, first_layer=piece.layers.start, num_layers=len(piece.layers),
+            nbytes=flight.nbytes, num_copies=flight.num_copies, chunk=piece.chunk, ready_ns=piece.ready_ns,
+        )  # fmt: skip
+        if self._options.checksum or link.peer.wants_checksum:
+            notice.crc = self._crc(runs)
+            notice.spans = runs[:, 1:].astype("<i8").tobytes()
+        return msgspec.msgpack.encode(notice)
+
+    def _crc(self, runs: Copies) -> int:
+        view, crc = host_view(self._cache, "checksum"), 0
+        for offset, _, nbytes in runs.tolist():
+            crc = zlib.crc32(view[offset : offset + nbytes], crc)
+        return crc
+
+    def _notify(self, link: _PeerLink, flight: _Flight) -> None:
+        """Without the lock: say that the bytes are there."""
+        out = flight.out
+        assert out.target is not None and link.link is not None
+        with self._lock:
+            token = self._next_token = self._next_token + 1
+            link.unacked[token] = flight
+        try:
+            link.link.notify(out.target.window, token, flight.notice)
+        except TransferError as error:
+            log.warning("telling %s of KV of %s failed: %s", link.peer.name, out.key, error)  # the link tells of its end itself
+
+    def _on_ack(self, link: _PeerLink, token: int, error: str | None) -> None:
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            flight = link.unacked.pop(token, None)
+            if flight is None:
+                return
+            out = flight.out
+            self._count(link, flight, now_ns)
+            if out.is_dropped or flight.attempt != out.attempt:
+                return
+            assert out.target is not None
+            if error is not None:
+                self._fail(out.key, out.target.window, error)
+                return
+            flight.route.num_unacked -= 1
+            self._report_sent([out], now_ns)
+        if self._recorder.enabled:
+            piece = flight.piece
+            self._recorder.span(
+                "send", "transfer", flight.start_ns, now_ns,
+                request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), bytes=flight.nbytes, chunk=piece.chunk,
+                peer=f"{link.peer.name}.{link.rank}", ready_ns=piece.ready_ns, rank=self._rank, copies=flight.num_copies,
+                tokens=[piece.start, piece.end],
+            )  # fmt: skip
+
+    def _count(self, link: _PeerLink, flight: _Flight, now_ns: int) -> None:
+        counters = self._counters
+        counters["bytes_sent"] += flight.nbytes
+        counters["transfers"] += 1
+        counters["copies"] += flight.num_copies
+        counters["wire_s"] += max(0, now_ns - max(flight.start_ns, link.wire_until_ns)) / 1e9  # pieces overlap; time does not count twice
+        link.wire_until_ns = now_ns
+
+    def _report_sent(self, candidates: Sequence[Outgoing[_PeerLink]], now_ns: int) -> None:
+        for out in candidates:
+            if out.is_sent and self._outgoing.get(out.key) is out:
+                del self._outgoing[out.key]
+                self._counters["requests_sent_ranks"] += 1
+                self._counters["exposed_s"] += max(0, now_ns - out.chunks[-1].step.ready_ns[-1]) / 1e9
+                self._report(wire.RankSent(self._rank, out.key, out.serial))
+
+    def _fail(self, key: TransferKey, window: int, reason: str) -> None:
+        self._counters["send_failures"] += 1
+        self._report(wire.RankFailed(self._rank, key, window, wire.clip(reason)))
+
+
+class _SendThread(threading.Thread):
+    """Serves some links, until the sender is closed."""
+
+    def __init__(self, sender: Sender, lock: threading.Lock) -> None:
+        super().__init__(name="kv-send", daemon=True)
+        self._sender = sender
+        self.wake = threading.Condition(lock)
+        self.links: list[_PeerLink] = []
+
+    def run(self) -> None:
+        try:
+            while self._serve_one():
+                pass
+        except BaseException as error:
+            log.exception("a KV sender thread stopped")
+            self._sender._on_fatal(error)
+
+    def _serve_one(self) -> bool:
+        sender = self._sender
+        with self.wake:
+            while True:
+                if sender._is_closed:
+                    return False
+                link, flight, wait_s = sender._next_job(self.links, time.monotonic_ns())
+                if link is not None and flight is not None:
+                    break
+                self.wake.wait(wait_s)
+        if flight.is_written:
+            sender._notify(link, flight)
+        else:
+            sender._write(link, flight)
+        return True
+
+
+def _close_all(links: Sequence[Link]) -> None:
+    for link in links:
+        link.close()
+
+
+def _sooner(a: float | None, b: float) -> float:
+    return b if a is None else min(a, b)
