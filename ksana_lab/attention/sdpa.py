@@ -1,8 +1,14 @@
 """Reference attention: gathers pages and calls torch's scaled_dot_product_attention. What a CPU node runs on, and the oracle on a GPU.
 
-Decodes are vectorised in groups of similar length, so that padding at most doubles the work; prefill chunks run one sequence at a time.
-A *row* is one head's keys (or values) in one block, [block_size, head_dim]: the smallest contiguous piece of the cache, and the unit
-of gathering. Reading rows by number costs one copy and leaves keys contiguous as [kv_heads, tokens, head_dim]."""
+Decodes are vectorised in groups of similar length; prefill chunks run one sequence at a time, in tiles of queries.
+
+On a CPU a token's result is bitwise the same however its sequence is cut into chunks, whatever else is in the batch, and whether it came
+as a decode or in a prefill: a disaggregated pair then equals a mixed node, and recomputation the first computation, even where two
+tokens are nearly equally likely. What it takes: tiles lie at fixed positions, and BLAS must always sum in one order. Measured with MKL on
+AVX-512, it sums in another one for fewer than four rows, and over 256 or 320 keys of the 512 that torch's kernel takes at a time.
+
+A *row* is one head's keys (or values) in one block, [block_size, head_dim]: the smallest contiguous piece of the cache, and the unit of
+gathering. Reading rows by number costs one copy and leaves keys contiguous as [kv_heads, tokens, head_dim]."""
 
 from __future__ import annotations
 
@@ -15,6 +21,10 @@ from torch import Tensor
 
 from ksana_lab.attention.base import AttentionMetadata
 
+_TILE = 128  # query positions per call; a tile starts at a multiple of it
+_QUERY_ROWS = 8  # a tile's queries are padded to a multiple of this: the kernel takes 32 at a time, and no rest may fall below 4
+_DECODE_ROWS = 4
+_KEY_EXTENTS = (128, 384, 512)  # a kernel sees keys up to one of these, plus a multiple of 512
 _SMALLEST_GROUP_BLOCKS = 8  # decodes of up to this many blocks share a group: padding them is cheaper than another call
 
 
@@ -23,23 +33,24 @@ class _DecodeGroup:
     tokens: Tensor | None  # [n] int64: which tokens of the step; None = the first n, in order
     num_tokens: int
     rows: Tensor  # [2 * n * kv_heads * blocks] int64: rows of K, then of V
-    mask: Tensor  # [n, 1, 1, blocks * block_size]: 0 where a key exists, -inf in the padding
+    mask: Tensor  # [n, 1, 1, keys]: 0 where a key exists, -inf in the padding
     stale: Tensor  # [?] int64: tokens among the gathered [2 * n * kv_heads * blocks * block_size] that hold nothing of the sequence
 
 
 @dataclass
 class _PrefillChunk:
-    tokens: slice
-    rows: Tensor  # [2 * kv_heads * blocks] int64
-    num_keys: int
-    mask: Tensor | None  # [queries, keys]; None = plain causal, the chunk starts at position 0
+    first_token: int  # in the step
+    num_queries: int
+    num_keys: int  # the last num_queries of them are the chunk's own
+    rows: Tensor  # [2 * kv_heads * blocks] int64, up to the end of the last tile
 
 
 @dataclass
 class _Plan:
+    num_tokens: int  # without padding
     decodes: list[_DecodeGroup]
     prefills: list[_PrefillChunk]
-    num_tokens: int  # without padding
+    causal: Tensor  # every tile's mask, from _causal_mask
 
 
 class SdpaBackend:
@@ -63,39 +74,50 @@ class SdpaBackend:
         out = torch.empty_like(q) if plan.num_tokens == q.shape[0] else torch.zeros_like(q)
         rows = _rows_of(kv_layer)
         for group in plan.decodes:
-            _attend_decodes(q, rows, kv_layer.shape[2:], group, scale, out)
+            _attend_decodes(q, rows, kv_layer.shape[2], group, scale, out)
         for chunk in plan.prefills:
-            _attend_chunk(q, rows, kv_layer.shape[2:], chunk, scale, out)
+            _attend_chunk(q, rows, kv_layer.shape[2], chunk, plan.causal, scale, out)
         return out
 
 
-def _attend_decodes(q: Tensor, rows: Tensor, cell: torch.Size, group: _DecodeGroup, scale: float, out: Tensor) -> None:
-    kv_heads, _, head_dim = cell
-    n = group.num_tokens
+def _attend_decodes(q: Tensor, rows: Tensor, kv_heads: int, group: _DecodeGroup, scale: float, out: Tensor) -> None:
+    n, head_dim, num_keys = group.num_tokens, q.shape[2], group.mask.shape[3]
     chosen = q[:n] if group.tokens is None else q.index_select(0, group.tokens)
     pages = rows.index_select(0, group.rows).to(q.dtype)
     # A mask alone does not keep out a NaN that a slot's former owner left: 0 * NaN is NaN.
     pages.view(-1, head_dim).index_fill_(0, group.stale, 0.0)
-    keys, values = pages.view(2, n, kv_heads, -1, head_dim)
+    keys, values = pages.view(2, n, kv_heads, -1, head_dim)[:, :, :, :num_keys]
     # The query heads that share a KV head stand where SDPA expects query positions: they see the same keys.
-    grouped = chosen.reshape(n, kv_heads, -1, head_dim)
-    result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale).reshape(n, -1, head_dim)
+    queries = chosen.reshape(n, kv_heads, -1, head_dim)
+    num_sharing = queries.shape[2]
+    queries = F.pad(queries, (0, 0, 0, max(0, _DECODE_ROWS - num_sharing)))
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=scale)
+    result = result[:, :, :num_sharing].reshape(n, -1, head_dim)
     if group.tokens is None:
         out[:n] = result
     else:
         out[group.tokens] = result
 
 
-def _attend_chunk(q: Tensor, rows: Tensor, cell: torch.Size, chunk: _PrefillChunk, scale: float, out: Tensor) -> None:
-    kv_heads, _, head_dim = cell
-    pages = rows.index_select(0, chunk.rows).to(q.dtype).view(2, 1, kv_heads, -1, head_dim)
-    keys, values = pages[:, :, :, : chunk.num_keys]
-    queries = q[chunk.tokens].transpose(0, 1).unsqueeze(0)
-    is_grouped = q.shape[1] != kv_heads
-    result = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=chunk.mask, is_causal=chunk.mask is None, scale=scale, enable_gqa=is_grouped
-    )
-    out[chunk.tokens] = result[0].transpose(0, 1)
+def _attend_chunk(q: Tensor, rows: Tensor, kv_heads: int, chunk: _PrefillChunk, causal: Tensor, scale: float, out: Tensor) -> None:
+    pages = rows.index_select(0, chunk.rows).to(q.dtype).view(2, 1, kv_heads, -1, q.shape[2])
+    pages[:, :, :, chunk.num_keys :] = 0
+    token, end = chunk.first_token, chunk.first_token + chunk.num_queries
+    position = chunk.num_keys - chunk.num_queries
+    while token < end:
+        tile_start = position // _TILE * _TILE
+        tile_end = tile_start + _TILE
+        num_keys = _key_extent(tile_end)
+        count = min(end - token, tile_end - position)
+        padding = -count % _QUERY_ROWS
+        queries = F.pad(q[token : token + count].transpose(0, 1), (0, 0, 0, padding)).unsqueeze(0)
+        first_row = position - tile_start
+        first_column = causal.shape[1] - _TILE - tile_end
+        mask = causal[first_row : first_row + count + padding, first_column : first_column + num_keys]
+        keys, values = pages[:, :, :, :num_keys]
+        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=queries.shape[1] != kv_heads)
+        out[token : token + count] = result[0, :, :count].transpose(0, 1)
+        token, position = token + count, position + count
 
 
 def _rows_of(kv_layer: Tensor) -> Tensor:
@@ -117,15 +139,17 @@ def _row_numbers(blocks: Tensor, kv_layer: Tensor) -> Tensor:
 
 
 def _make_plan(meta: AttentionMetadata, kv_layer: Tensor, dtype: torch.dtype) -> _Plan:
+    prefills = _prefill_chunks(meta, kv_layer)
     return _Plan(
-        decodes=[_decode_group(members, meta, kv_layer, dtype) for members in _similar_lengths(meta, kv_layer.shape[3])],
-        prefills=_prefill_chunks(meta, kv_layer, dtype),
         num_tokens=sum(meta.query_lens),
+        decodes=[_decode_group(members, meta, kv_layer, dtype) for members in _similar_lengths(meta, kv_layer.shape[3])],
+        prefills=prefills,
+        causal=_causal_mask(max((chunk.num_keys for chunk in prefills), default=0), dtype, kv_layer.device),
     )
 
 
 def _similar_lengths(meta: AttentionMetadata, block_size: int) -> list[list[int]]:
-    """Decodes by power of two of their number of blocks."""
+    """Decodes by power of two of their number of blocks: padding at most doubles the work."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, length in enumerate(meta.context_lens[: meta.num_decodes]):
         num_blocks = -(-length // block_size)
@@ -134,21 +158,41 @@ def _similar_lengths(meta: AttentionMetadata, block_size: int) -> list[list[int]
 
 
 def _decode_group(members: list[int], meta: AttentionMetadata, kv_layer: Tensor, dtype: torch.dtype) -> _DecodeGroup:
-    device, block_size = kv_layer.device, kv_layer.shape[3]
-    num_blocks = -(-max(meta.context_lens[i] for i in members) // block_size)
-    is_all = len(members) == meta.num_decodes
-    tokens = None if is_all else torch.tensor(members, device=device)
-    tables, lengths = meta.block_tables[: meta.num_decodes, :num_blocks], meta.seq_lens[: meta.num_decodes]
+    device, kv_heads, block_size = kv_layer.device, kv_layer.shape[2], kv_layer.shape[3]
+    num_keys = _key_extent(max(meta.context_lens[i] for i in members))
+    num_blocks = -(-num_keys // block_size)
+    tokens = None if len(members) == meta.num_decodes else torch.tensor(members, device=device)
+    tables, lengths = meta.block_tables[: meta.num_decodes], meta.seq_lens[: meta.num_decodes]
     if tokens is not None:
         tables, lengths = tables.index_select(0, tokens), lengths.index_select(0, tokens)
-    # Padding repeats a sequence's first block, whose content is its own: little is left that must be cleared.
     used_blocks = (lengths + block_size - 1) // block_size
-    tables = torch.where(torch.arange(num_blocks, device=device) < used_blocks[:, None], tables, tables[:, :1])
+    blocks = _padded_table(tables, used_blocks, num_blocks)
     position = torch.arange(num_blocks * block_size, device=device)
     source = torch.where(position < used_blocks[:, None] * block_size, position, position % block_size)
-    mask = _additive(position < lengths[:, None], dtype)[:, None, None, :]
-    stale = _token_numbers((source >= lengths[:, None]).nonzero(), len(members), kv_layer.shape[2], len(position))
-    return _DecodeGroup(tokens, len(members), _row_numbers(tables, kv_layer), mask, stale)
+    stale = _token_numbers((source >= lengths[:, None]).nonzero(), len(members), kv_heads, len(position))
+    mask = torch.zeros(len(members), num_keys, dtype=dtype, device=device)
+    mask.masked_fill_(position[:num_keys] >= lengths[:, None], float("-inf"))
+    return _DecodeGroup(tokens, len(members), _row_numbers(blocks, kv_layer), mask[:, None, None, :], stale)
+
+
+def _prefill_chunks(meta: AttentionMetadata, kv_layer: Tensor) -> list[_PrefillChunk]:
+    chunks: list[_PrefillChunk] = []
+    first_token, block_size = meta.num_decodes, kv_layer.shape[3]
+    for i in range(meta.num_decodes, len(meta.query_lens)):
+        num_queries, num_keys = meta.query_lens[i], meta.context_lens[i]
+        num_blocks = -(-_key_extent(num_keys) // block_size)
+        used_blocks = torch.tensor([-(-num_keys // block_size)], device=kv_layer.device)
+        blocks = _padded_table(meta.block_tables[i : i + 1], used_blocks, num_blocks)
+        chunks.append(_PrefillChunk(first_token, num_queries, num_keys, _row_numbers(blocks, kv_layer)))
+        first_token += num_queries
+    return chunks
+
+
+def _padded_table(tables: Tensor, used_blocks: Tensor, num_blocks: int) -> Tensor:
+    """tables [n, ?], used_blocks [n] -> [n, num_blocks]. Padding repeats a sequence's first block: its content is the sequence's own, so
+    that little of what is gathered must be cleared."""
+    number = torch.arange(num_blocks, device=tables.device)
+    return tables.gather(1, torch.where(number < used_blocks[:, None], number, 0))
 
 
 def _token_numbers(places: Tensor, n: int, kv_heads: int, width: int) -> Tensor:
@@ -158,21 +202,19 @@ def _token_numbers(places: Tensor, n: int, kv_heads: int, width: int) -> Tensor:
     return (((which * n + places[:, 0]) * kv_heads + head) * width + places[:, 1]).reshape(-1)
 
 
-def _prefill_chunks(meta: AttentionMetadata, kv_layer: Tensor, dtype: torch.dtype) -> list[_PrefillChunk]:
-    chunks, device = [], kv_layer.device
-    start = meta.num_decodes
-    for i in range(meta.num_decodes, len(meta.query_lens)):
-        num_queries, num_keys = meta.query_lens[i], meta.context_lens[i]
-        num_blocks = -(-num_keys // kv_layer.shape[3])
-        mask = None
-        if num_queries < num_keys:  # query j stands at position num_keys - num_queries + j
-            is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-            mask = _additive(is_visible, dtype)
-        rows = _row_numbers(meta.block_tables[i : i + 1, :num_blocks], kv_layer)
-        chunks.append(_PrefillChunk(slice(start, start + num_queries), rows, num_keys, mask))
-        start += num_queries
-    return chunks
+def _causal_mask(longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[_TILE + _QUERY_ROWS, ?]: zeros, then a triangle of _TILE columns, then _TILE columns of -inf. Of the tile whose keys end at ``e``,
+    the mask starts ``e`` columns left of the triangle's end."""
+    if longest == 0:
+        return torch.empty(0, 0, dtype=dtype, device=device)
+    before = -(-longest // _TILE) * _TILE - _TILE
+    mask = torch.zeros(_TILE + _QUERY_ROWS, before + 2 * _TILE, dtype=dtype, device=device)
+    row, column = torch.arange(_TILE + _QUERY_ROWS, device=device), torch.arange(2 * _TILE, device=device)
+    mask[:, before:].masked_fill_((column > row[:, None]) | (column >= _TILE), float("-inf"))
+    return mask
 
 
-def _additive(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device).masked_fill_(~is_visible, float("-inf"))
+def _key_extent(num_keys: int) -> int:
+    """The smallest extent that holds ``num_keys``."""
+    whole, rest = num_keys // _KEY_EXTENTS[-1], num_keys % _KEY_EXTENTS[-1]
+    return whole * _KEY_EXTENTS[-1] + (next(extent for extent in _KEY_EXTENTS if extent >= rest) if rest else 0)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ksana_lab.layers.piece import Piece
 from ksana_lab.layers.tp import TPGroup
 
-
 # A CPU's BLAS multiplies one to three rows with other kernels, which sum in another order, than four and more. Rows of zeros make a
 # token's result bitwise the same whatever the batch: a disaggregated node then gives the tokens of a mixed one even at a near tie.
 _MIN_CPU_ROWS = 8
