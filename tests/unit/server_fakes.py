@@ -77,6 +77,9 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLAT
 READY = EngineReady(max_model_len=256, num_blocks=64, block_size=16, vocab_size=515, device="cpu", devices=[(0, "cpu")], max_num_seqs=8)
 
 
+FILLER = 256  # what FakeEngine says behind the end of its script
+
+
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
     """What FakeEngine says to ``prompt``: printable and half characters, never a special token."""
     return [(sum(prompt) * 31 + 97 * k) % 500 for k in range(count)]
@@ -96,7 +99,7 @@ class FakeEngine:
         self.mute = False  # answers nothing
         self.connected: list[str] = []
         self.transfer: dict[str, float] = {}
-        self.script: list[int] | None = None  # tokens to say instead of expected_tokens
+        self.script: list[int] | None = None  # tokens to say instead of expected_tokens, then FILLER
         self.log_tail: str | None = None  # set by die()
         self.received: list[ToEngine] = []
         self._arrived = threading.Condition()
@@ -194,7 +197,10 @@ class FakeEngine:
     def _advance(self, sequence: FakeSequence) -> SequenceUpdate:
         request, sampling = sequence.request, sequence.request.sampling
         k = len(sequence.tokens)
-        token = self.script[k] if self.script is not None else expected_tokens(request.prompt_token_ids, k + 1)[k]
+        if self.script is None:
+            token = expected_tokens(request.prompt_token_ids, k + 1)[k]
+        else:
+            token = self.script[k] if k < len(self.script) else FILLER
         sequence.tokens.append(token)
         finish = None
         if token in sampling.stop_token_ids or (token in request.eos_token_ids and not sampling.ignore_eos):
@@ -267,7 +273,7 @@ async def running_node(tmp_path: Path, role: Role = Role.MIXED, *, paused: bool 
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.run(listener))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    client = httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, verify=False)
+    client = httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False)
     try:
         if ready is not None:
             await server.engine.wait_ready(10)
