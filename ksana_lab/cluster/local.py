@@ -190,12 +190,14 @@ class Cluster:
     def _wait_ready(self, started: Sequence[ChildProcess], predecessor: str | None = None) -> None:
         """Until the router routes to all that runs here or elsewhere. ``predecessor``: an incarnation that must be forgotten by then.
 
-        Nodes are not asked: one registers when its engine is ready, and a pair is routable when both sides have said so."""
+        Nodes are not asked: one registers when its engine is ready, and a pair is routable when both sides have said so. Those that were
+        killed before are not missed."""
+        killed = {name for name, child in self._children.items() if child not in started and not child.is_alive}
 
         def missing() -> list[str]:
             if predecessor and predecessor in self._incarnations().values():
                 return ["the router still knows the old process"]
-            return self._unrouted()
+            return self._unrouted(killed)
 
         wait_until(lambda: not missing(), self.config.start_timeout_s, "complete cluster", started, missing)
 
@@ -204,19 +206,19 @@ class Cluster:
         nodes = (self._router_view() or {}).get("nodes", [])
         return {str(node.get("inference_addr")): str(node.get("incarnation") or "") for node in nodes}
 
-    def _unrouted(self) -> list[str]:
-        """What the router does not route to yet, in words; empty when the cluster serves. Nodes that were killed are not missed."""
+    def _unrouted(self, without: set[str]) -> list[str]:
+        """What the router does not route to yet, in words; empty when the cluster serves. ``without``: nodes that are not missed."""
         view = self._router_view()
         if view is None:
             return ["the router does not answer /nodes"]
         online = {node.get("inference_addr") for node in view.get("nodes", []) if node.get("is_online")}
         routable = {pair.get("comm_key") for pair in view.get("pairs", []) if pair.get("is_routable")}
-        dead = {name for name, child in self._children.items() if not child.is_alive}
-        missing = [
-            f"{n.name} is not online at the router" for n in self.plan.nodes if n.name not in dead and str(n.inference_addr) not in online
-        ]
+        missing = []
+        for node in self.plan.nodes:
+            if node.name not in without and str(node.inference_addr) not in online:
+                missing.append(f"{node.name} is not online at the router")
         for p, d in self.plan.pairs():
-            if not dead & {p.name, d.name} and comm_key(p.inference_addr, d.inference_addr) not in routable:
+            if not without & {p.name, d.name} and comm_key(p.inference_addr, d.inference_addr) not in routable:
                 missing.append(f"{p.name} and {d.name} are not connected")
         return missing
 

@@ -205,12 +205,12 @@ def wait_until(
     Raises ProcessDied as soon as one of ``children`` has ended, or after ``timeout_s``; ``explain`` then says what is still lacking."""
     deadline, pause = time.monotonic() + timeout_s, 0.005
     while True:
-        answer = probe()
-        if answer:
-            return answer
         for child in children:
             if not child.is_alive:
                 raise child.died(f"{child.describe_end()} while waiting for {what}")
+        answer = probe()
+        if answer:
+            return answer
         if time.monotonic() >= deadline:
             tails = "\n".join(_indented(child.name, child.tail(5)) for child in children)
             raise ProcessDied("; ".join([f"no {what} within {timeout_s:.0f} s", *explain()]), tails)
