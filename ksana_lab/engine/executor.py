@@ -28,6 +28,7 @@ from ksana_lab.engine.model_runner import PendingTokens
 from ksana_lab.engine.worker import Worker
 from ksana_lab.engine.worker_main import CONFIG_FILE, rank_address, rendezvous
 from ksana_lab.errors import EngineDead
+from ksana_lab.models.config import ModelConfig
 from ksana_lab.process import parent_variables
 from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
@@ -78,7 +79,7 @@ class RankProcess:
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            log.warning("rank %d did not stop in time; killing it", self.rank)
+            log.info("killing rank %d", self.rank)
             self._process.kill()
             self._process.wait()
         self._reader.join(timeout=1)
@@ -131,6 +132,7 @@ class Executor:
         self._size = size = config.parallel.tensor_parallel_size
         self._wake = wake
         self._is_closing = False
+        self._is_ready = False
         self._builder = CommandBuilder(config.runtime.seed)
         self._progress = ProgressJoin(size)
         self._rank_stats: dict[int, dict[str, float]] = {}
@@ -140,11 +142,13 @@ class Executor:
         self.sockets: list[zmq.Socket] = []  # of ranks 1..; poll them for reading
         self.worker: Worker | None = None
         try:
+            ModelConfig.from_dir(config.model.model_dir).check_tensor_parallel(size)  # before anything is started
             self._start_children(config, ipc_dir)
             self.worker = Worker(config, 0, init_method=rendezvous(ipc_dir), ipc_dir=ipc_dir, recorder=recorder, wake=wake)
             num_blocks = self._agree_on_blocks()
             self.layout: KVLayout = self.worker.layout(num_blocks)
             self.endpoints, self.devices = self._make_caches(num_blocks)
+            self._is_ready = True
         except BaseException as error:
             explained = self._explain(error)
             self.close()
@@ -156,8 +160,8 @@ class Executor:
         """Start one step on every rank. Raises EngineDead when a rank is gone."""
         assert self.worker is not None
         command = self._builder.build(out)
-        self._tell(command)
         try:
+            self._tell(command)
             return self.worker.execute(command)
         except Exception as error:
             explained = self._explain(error)
@@ -197,11 +201,14 @@ class Executor:
         """End the other ranks and let go of memory. May be called twice."""
         self._is_closing = True
         for socket in self.sockets:
-            socket.send(msgspec.msgpack.encode(Stop()))
+            try:
+                socket.send(msgspec.msgpack.encode(Stop()), zmq.NOBLOCK)
+            except zmq.Again:  # nobody at the other end
+                pass
         if self.worker is not None:
             self.worker.close()
             self.worker = None
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        deadline = time.monotonic() + (_STOP_TIMEOUT_S if self._is_ready else 0)  # one that is loading would not hear
         for child in self._children:
             child.stop(deadline)
         for socket in self.sockets:
@@ -265,10 +272,15 @@ class Executor:
     # ---- the other ranks ---------------------------------------------------------------------------------------------
 
     def _tell(self, message: ToRank) -> None:
-        if self.sockets:
-            data = msgspec.msgpack.encode(message)
-            for socket in self.sockets:
-                socket.send(data)
+        """Never blocks: there is no high-water mark, and a rank that is gone is an error."""
+        if not self.sockets:
+            return
+        data = msgspec.msgpack.encode(message)
+        for rank, socket in enumerate(self.sockets, start=1):
+            try:
+                socket.send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                raise EngineDead(f"tensor-parallel rank {rank} is not connected any more") from None
 
     def _hear(self, message: FromRank) -> None:
         if isinstance(message, RankFailed):
@@ -288,8 +300,10 @@ class Executor:
 
     def _explain(self, error: BaseException) -> BaseException:
         """EngineDead when another rank's end is the cause of ``error``."""
+        if not isinstance(error, Exception) or (isinstance(error, EngineDead) and error.log_tail):
+            return error
         deadline = time.monotonic() + _DEATH_NOTICE_S
-        while self._children and not isinstance(error, EngineDead):
+        while self._children:
             dead = next((child for child in self._children if not child.is_alive), None)
             if dead is not None:
                 return dead.describe_end()

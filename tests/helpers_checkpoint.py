@@ -1,0 +1,54 @@
+"""Tiny checkpoints, made once per test process, and what transformers says about them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from ksana_lab.models.synth import synthesize
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="ksana-lab-checkpoints-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+@functools.cache
+def checkpoint(arch: str = "qwen3", shape: str = "tiny") -> str:
+    return str(synthesize(_root() / f"{arch}-{shape}", arch, shape))
+
+
+@functools.cache
+def _oracle(arch: str):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint(arch), dtype="float32").eval()
+
+
+@functools.cache
+def oracle_greedy(arch: str, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    """``num_tokens`` greedy tokens of transformers in float32, ends of text ignored."""
+    import torch
+
+    ids, cache, output = torch.tensor([prompt]), None, []
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            step = _oracle(arch)(ids, past_key_values=cache, use_cache=True)
+            cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
+            output.append(int(ids))
+    return output
+
+
+def prompts(num: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    """Random token ids of a tiny vocabulary, of lengths 1..longest."""
+    import random
+
+    dice = random.Random(seed)
+    return [[dice.randrange(3, 1000) for _ in range(dice.randint(1, longest))] for _ in range(num)]
