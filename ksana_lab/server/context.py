@@ -95,7 +95,7 @@ def _read_pair(named: dict[str, str], role: Role, inference_addr: NodeAddr | Non
     try:
         prefill, decode = split_comm_key(key)
     except ValueError as error:
-        raise InvalidRequest(str(error), COMM_KEY_HEADER) from error
+        raise InvalidRequest(f"header {COMM_KEY_HEADER}: {error}", COMM_KEY_HEADER) from error
     own = prefill if role is Role.PREFILL else decode
     if inference_addr is not None and own != str(inference_addr):
         raise InvalidRequest(
