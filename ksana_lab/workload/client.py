@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -35,6 +36,7 @@ class Client:
         *,
         model: str | None = None,
         sampling: Sampling | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
         headers: dict[str, str] | None = None,
@@ -42,6 +44,7 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self.endpoint, self.model = endpoint, model
         self.sampling = sampling or Sampling()
+        self._extra_body = dict(extra_body or {})
         self._url = self.base_url + _PATHS[endpoint]
         self._headers = {"Content-Type": "application/json", **(headers or {})}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
@@ -74,6 +77,7 @@ class Client:
     def encode(self, request: WorkloadRequest) -> bytes:
         """The request's body. Made before the clock starts: a long prompt takes longer to encode than to send."""
         body = _generate_body(request, self.sampling) if self.endpoint == "generate" else self._openai_body(request)
+        body = {name: value for name, value in (body | self._extra_body).items() if value is not None}
         return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
     async def send(
@@ -231,9 +235,13 @@ class _Answer:
         for choice in body["choices"]:
             text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             self._record.finish_reason = choice.get("finish_reason") or self._record.finish_reason
-            if text or (usage and counted > 0):
+            token_ids = choice.get("token_ids") or []  # where extra_body asked for them: {"return_token_ids": true}
+            if text or token_ids or (usage and counted > 0):
                 self._texts.append(text)
-                num_tokens = counted if usage and counted > 0 else 1  # a server that does not count along: one token a message
+                if token_ids:
+                    self._record.output_token_ids = (self._record.output_token_ids or []) + token_ids
+                # A server that does not count along: one token a message.
+                num_tokens = len(token_ids) or (counted if usage and counted > 0 else 1)
                 self._stamp(at_s, num_tokens)
                 self._record.num_output_tokens += num_tokens
 

@@ -89,7 +89,15 @@ async def run(
     ``vocab_size`` bounds the prompts' token ids where the spec does not; None asks the server (/v1/models). ``progress`` None shows a
     bar on a terminal or in a notebook. ``labels`` go into every record. ``on_record`` is called with each record as it is finished.
     Raises ConfigError for a workload that cannot be built; never for what the server does."""
-    async with Client(base_url, spec.endpoint, model=spec.model, sampling=spec.sampling, timeout_s=timeout_s, headers=headers) as client:
+    async with Client(
+        base_url,
+        spec.endpoint,
+        model=spec.model,
+        sampling=spec.sampling,
+        extra_body=spec.extra_body,
+        timeout_s=timeout_s,
+        headers=headers,
+    ) as client:
         info = await _info(client, spec, vocab_size)
         workload = spec.build(vocab_size or info.get("vocab_size"))
         client.model = client.model or info.get("id")

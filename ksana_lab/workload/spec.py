@@ -90,6 +90,7 @@ class WorkloadSpec(_Frozen):
     sampling: Sampling = Sampling()
     endpoint: Endpoint = "generate"
     model: str | None = None  # OpenAI endpoints: the name to ask for; None: the first of /v1/models
+    extra_body: dict[str, Any] = Field(default_factory=dict)  # laid over every request's JSON; null takes a field out
     num_warmup: int = Field(0, ge=0)  # sent and finished before the clock starts; in no result
     cancel_share: float = Field(0.0, ge=0, le=1)  # of the requests, cut off by the client part-way
 

@@ -1,0 +1,82 @@
+"""The names a notebook imports, and the few calls that spare it a definition of its own.
+
+from ksana_lab.notebook.session import Cluster, WorkloadSpec, config, latency_table, plots, tiny_model, to_frame"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+import ksana_lab
+from ksana_lab.cluster.local import Cluster
+from ksana_lab.errors import ConfigError
+from ksana_lab.metrics.export import gaps_frame, load_records, save_records, to_frame
+from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.metrics.summary import SLO, distribution, summarize
+from ksana_lab.notebook import plots
+from ksana_lab.workload import loadgen
+from ksana_lab.workload.spec import WorkloadSpec
+
+__all__ = [
+    "SLO",
+    "Cluster",
+    "RequestRecord",
+    "WorkloadSpec",
+    "config",
+    "different_tokens",
+    "gaps_frame",
+    "latency_table",
+    "load_records",
+    "loadgen",
+    "plots",
+    "save_records",
+    "summarize",
+    "tiny_model",
+    "to_frame",
+]
+
+ROOT = Path(ksana_lab.__file__).resolve().parents[1]
+
+
+def config(name: str) -> Path:
+    """A file of ``configs/``, wherever the notebook runs. Raises ConfigError that lists what there is."""
+    path = ROOT / "configs" / name
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none: run from a clone of the repository"
+        raise ConfigError(f"there is no configs/{name}; there are: {known}")
+    return path
+
+
+def tiny_model(arch: str = "qwen3", shape: str = "tiny") -> Path:
+    """A checkpoint with seeded random weights under ``.cache/``, made the first time (seconds)."""
+    from ksana_lab.models.synth import synthesize  # brings torch
+
+    folder = "tiny" if (arch, shape) == ("qwen3", "tiny") else f"{arch}-{shape}"
+    return synthesize(ROOT / ".cache" / folder, arch, shape, seed=0)
+
+
+def latency_table(systems: Mapping[str, Sequence[RequestRecord]]) -> pd.DataFrame:
+    """One row per system: requests that completed, failed ones, TTFT and TPOT percentiles in milliseconds."""
+    rows = {}
+    for system, records in systems.items():
+        row: dict[str, float | int] = {"requests": len(records), "failed": sum(not r.is_ok for r in records)}
+        for name, metric in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")):
+            values = distribution(records, metric)
+            row |= {f"{name} p{p} (ms)": round(1e3 * getattr(values, f"p{p}"), 1) for p in (50, 90, 99)}
+        rows[system] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def different_tokens(expected: Sequence[RequestRecord], got: Sequence[RequestRecord]) -> list[str]:
+    """One line per request whose answers differ or are missing; empty when every token is identical."""
+    lines = [] if len(expected) == len(got) else [f"{len(expected)} requests against {len(got)}"]
+    for i, (a, b) in enumerate(zip(expected, got, strict=False)):
+        if a.error or b.error:
+            lines.append(f"request {i}: {a.error or b.error}")
+        elif a.output_token_ids != b.output_token_ids or not a.output_token_ids:
+            x, y = a.output_token_ids or [], b.output_token_ids or []
+            at = next((k for k, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+            lines.append(f"request {i} ({a.num_prompt_tokens} prompt tokens): differs from token {at} on, of {len(x)} and {len(y)}")
+    return lines
