@@ -1,0 +1,94 @@
+"""The attention backend of a GPU: Triton kernels over pages, and cuDNN where a prompt's own keys are all there is to see.
+
+Decodes take triton_decode.py. A prefill chunk of a sequence without earlier context needs no pages: its keys and values are this step's
+tensors, and cuDNN's causal attention runs on them at about twice the rate of any other kernel of this torch. Chunks after earlier context
+and short ones take triton_prefill.py, many sequences in one launch."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ksana_lab.attention.base import AttentionMetadata
+from ksana_lab.attention.store_kv import store_kv
+from ksana_lab.attention.triton_decode import DecodeConfig, DecodePlan, decode_attention, plan_decode
+from ksana_lab.attention.triton_prefill import gather_kv, prefill_attention
+
+_SHORT = 256  # new tokens below which one launch for many sequences beats cuDNN's launch for each
+
+
+class TritonBackend:
+    name = "triton"
+
+    def __init__(self, config: DecodeConfig = DecodeConfig(), pdl: bool | None = None) -> None:
+        """``pdl``: let kernels start while their predecessors drain; None = where the GPU can."""
+        self.config = config
+        self.pdl = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 if pdl is None else pdl
+        self._step_kv: tuple[int, Tensor, Tensor] | None = None
+
+    def store(self, k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
+        """Write k, v [T, kv_heads, head_dim] to their slots; a slot of -1 is skipped."""
+        store_kv(k, v, kv_layer, slot_mapping, self.pdl)
+        self.remember(k, v, kv_layer)
+
+    def remember(self, k: Tensor, v: Tensor, kv_layer: Tensor) -> None:
+        """This step's keys and values of a layer that another kernel has stored; ``attend`` may read them instead of pages."""
+        self._step_kv = (kv_layer.data_ptr(), k, v)
+
+    def attend(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
+        """q [T, heads, head_dim] -> [T, heads, head_dim], causal within each sequence, GQA by heads // kv_heads.
+
+        Rows of padding are zero among decodes (seq_lens 0) and undefined after the last prefill token."""
+        num_decodes = meta.num_decodes
+        if num_decodes == 0 and len(meta.query_lens) == 1 and self._is_whole(meta, 0):
+            return self._attend_whole(q, kv_layer, meta, 0, 0, scale)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if num_decodes:
+            if meta.plan is None:
+                meta.plan = self._plan(q, kv_layer, meta)
+            plan: DecodePlan = meta.plan
+            decode_attention(q[:num_decodes], kv_layer, meta.block_tables, plan, scale, out[:num_decodes], self.config, self.pdl)
+        start = num_decodes
+        for is_whole, members in groupby(range(num_decodes, len(meta.query_lens)), key=lambda i: self._is_whole(meta, i)):
+            run = list(members)
+            num_tokens = sum(meta.query_lens[i] for i in run)
+            if is_whole:
+                for i in run:
+                    end = start + meta.query_lens[i]
+                    out[start:end] = self._attend_whole(q[start:end], kv_layer, meta, i, start, scale)
+                    start = end
+                continue
+            chosen = slice(run[0], run[-1] + 1)
+            starts = meta.query_start_loc[run[0] : run[-1] + 2]
+            prefill_attention(q, kv_layer, meta.block_tables[chosen], starts, meta.seq_lens[chosen], num_tokens, scale, out)
+            start += num_tokens
+        return out
+
+    def _plan(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata) -> DecodePlan:
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+        return plan_decode(meta.seq_lens[: meta.num_decodes], q.shape[1], kv_layer.shape[2], q.shape[2], num_sms, self.config, self.pdl)
+
+    def _is_whole(self, meta: AttentionMetadata, i: int) -> bool:
+        return meta.query_lens[i] == meta.context_lens[i] and meta.query_lens[i] >= _SHORT
+
+    def _attend_whole(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, i: int, start: int, scale: float) -> Tensor:
+        """One sequence whose every key is of this step. q [n, heads, head_dim] -> [n, heads, head_dim]."""
+        length = meta.query_lens[i]
+        if self._step_kv is not None and self._step_kv[0] == kv_layer.data_ptr():
+            k, v = (x[start : start + length] for x in self._step_kv[1:])
+        else:
+            k, v = gather_kv(kv_layer, meta.block_tables[i], length, q.dtype)
+        return cudnn_attention(q[:length], k, v, scale, is_causal=True)[0]
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, with_lse: bool = False) -> tuple[Tensor, Tensor]:
+    """q [n, heads, head_dim], k, v [m, kv_heads, head_dim] (any strides but the last) -> [n, heads, head_dim], lse [heads, n] float32.
+
+    Called past F.scaled_dot_product_attention, whose choice of a backend is a process-wide setting."""
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], None, with_lse, 0.0, is_causal, False, scale=scale
+    )
+    lse = result[1]
+    return result[0][0].transpose(0, 1), lse[0, :, :, 0] if lse is not None and lse.dim() == 4 else lse

@@ -1,0 +1,178 @@
+"""Attention kernels against float64 over random lengths; every slot that holds no key of a sequence, and every output, is NaN before.
+
+Where there is no GPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set (slow: minutes)."""
+
+import os
+import random
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytest.importorskip("triton")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+TOLERANCE = 1e-5 if INTERPRETED else 6e-3
+
+# block size, head dim, KV heads, group: every pair of values occurs
+SHAPES = [
+    (16, 64, 2, 1), (16, 128, 8, 4), (16, 128, 2, 7), (32, 64, 1, 8), (32, 128, 3, 2),
+    (64, 64, 2, 4), (64, 64, 4, 2), (64, 128, 1, 8), (64, 128, 8, 4),
+]  # fmt: skip
+
+
+def relative_error(ours, reference):
+    assert ours.isfinite().all()
+    return ((ours.double() - reference).norm() / reference.norm()).item()
+
+
+def make_cache(lengths, block_size, head_dim, kv_heads, order, seed, poison=float("nan")):
+    """A cache of three layers full of NaN, and the middle layer's view, with random keys and values for each sequence, in float64 too."""
+    rng = random.Random(seed)
+    counts = [-(-n // block_size) for n in lengths]
+    numbers = rng.sample(range(1, sum(counts) + 8), sum(counts))
+    num_blocks = sum(counts) + 8
+    outer = (num_blocks, 3) if order == "block_major" else (3, num_blocks)
+    cache = torch.full((*outer, 2, kv_heads, block_size, head_dim), poison, dtype=DTYPE, device=DEVICE)
+    layer = cache[:, 1] if order == "block_major" else cache[1]
+    tables = torch.zeros(len(lengths), max(counts) + 2, dtype=torch.int32, device=DEVICE)
+    contents = []
+    for i, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+        mine, numbers = numbers[:count], numbers[count:]
+        tables[i, :count] = torch.tensor(mine, dtype=torch.int32)
+        kv = torch.randn(2, kv_heads, n, head_dim, device=DEVICE).to(DTYPE)
+        for j, block in enumerate(mine):
+            piece = kv[:, :, j * block_size : (j + 1) * block_size]
+            layer[block, :, :, : piece.shape[2]] = piece
+        contents.append(kv.double())
+    return layer, tables, contents
+
+
+def reference(q, kv, scale):
+    """q [n, heads, head_dim] are the last n of kv [2, kv_heads, m, head_dim]; float64."""
+    n, m = q.shape[0], kv.shape[2]
+    k, v = kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
+    scores = torch.einsum("nhd,hmd->hnm", q.double(), k) * scale
+    hidden = torch.arange(m, device=q.device)[None] > torch.arange(m - n, m, device=q.device)[:, None]
+    return torch.einsum("hnm,hmd->nhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def poisoned(*shape):
+    return torch.full(shape, float("nan"), dtype=DTYPE, device=DEVICE)
+
+
+@pytest.mark.parametrize("order", ["block_major", "layer_major"])
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES)
+def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, group, order):
+    from ksana_lab.attention.triton_decode import DecodeConfig, decode_attention, plan_decode
+
+    rng = random.Random(f"{block_size} {head_dim} {kv_heads} {group} {order}")
+    longest = 300 if INTERPRETED else 5000
+    lengths = [1, block_size, block_size + 1, longest] + [rng.randrange(1, 400) for _ in range(2 if INTERPRETED else 29)]
+    layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random())
+    wide = torch.randn(len(lengths), (kv_heads * group + 3) * head_dim, device=DEVICE).to(DTYPE)  # queries are a view of a wider tensor
+    q = wide[:, : kv_heads * group * head_dim].view(len(lengths), kv_heads * group, head_dim)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    config = DecodeConfig(min_chunk=64)
+    plan = plan_decode(seq_lens, q.shape[1], kv_heads, head_dim, num_sms=4 if INTERPRETED else 132, config=config)
+    plan.partial_out.fill_(float("nan"))
+    out = poisoned(*q.shape)
+    for _ in range(2):  # twice with one plan, as two layers do: the counters come back to zero
+        decode_attention(q, layer, tables, plan, head_dim**-0.5, out, config)
+        expected = torch.cat([reference(q[i : i + 1], kv, head_dim**-0.5) for i, kv in enumerate(contents)])
+        assert relative_error(out, expected) < TOLERANCE
+
+
+def test_decode_attention_of_padding_is_zero_and_leaves_others_alone():
+    from ksana_lab.attention.triton_decode import decode_attention, plan_decode
+
+    layer, tables, contents = make_cache([70], 16, 64, 2, "block_major", 0)
+    tables = torch.cat([tables, torch.zeros(2, tables.shape[1], dtype=torch.int32, device=DEVICE)])
+    q = torch.randn(3, 4, 64, device=DEVICE).to(DTYPE)
+    plan = plan_decode(torch.tensor([70, 0, 0], dtype=torch.int32, device=DEVICE), 4, 2, 64, 8)
+    out = decode_attention(q, layer, tables, plan, 0.125, poisoned(3, 4, 64))
+    assert relative_error(out[:1], reference(q[:1], contents[0], 0.125)) < TOLERANCE
+    assert not out[1:].any()
+
+
+@pytest.mark.parametrize("order", ["block_major", "layer_major"])
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES)
+def test_paged_prefill_agrees_with_float64(block_size, head_dim, kv_heads, group, order):
+    from ksana_lab.attention.triton_prefill import prefill_attention
+
+    rng = random.Random(f"{block_size} {head_dim} {kv_heads} {group} {order} prefill")
+    count = 3 if INTERPRETED else 9
+    new = [1] + [rng.randrange(1, 90 if INTERPRETED else 700) for _ in range(count)]
+    lengths = [n + rng.choice([0, block_size, rng.randrange(200)]) for n in new]
+    layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random())
+    decodes = 2  # tokens of other sequences stand before
+    starts = torch.tensor([decodes + sum(new[:i]) for i in range(len(new) + 1)], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(decodes + sum(new), kv_heads * group, head_dim, device=DEVICE).to(DTYPE)
+    out = poisoned(*q.shape)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    prefill_attention(q, layer, tables, starts, seq_lens, sum(new), head_dim**-0.5, out)
+    assert out[:decodes].isnan().all()
+    expected = torch.cat([reference(q[starts[i] : starts[i + 1]], kv, head_dim**-0.5) for i, kv in enumerate(contents)])
+    assert relative_error(out[decodes:], expected) < TOLERANCE
+
+
+def test_merge_of_two_key_sets_is_attention_over_both():
+    from ksana_lab.attention.triton_prefill import merge_attention
+
+    def part(keys, values):
+        scores = torch.einsum("nhd,mhd->hnm", q.double(), keys.double())
+        return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values.double()).contiguous(), scores.logsumexp(-1)
+
+    q, k, v = (torch.randn(n, 4, 64, device=DEVICE).to(DTYPE) * 0.3 for n in (33, 50, 50))
+    (a, lse_a), (b, lse_b) = part(k[:20], v[:20]), part(k[20:], v[20:])
+    out = merge_attention(a.to(DTYPE), lse_a.float(), b.to(DTYPE), lse_b.float(), poisoned(33, 4, 64))
+    assert relative_error(out, part(k, v)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES[:4])
+def test_stored_keys_and_values_are_gathered_back(block_size, head_dim, kv_heads, group):
+    from ksana_lab.attention.store_kv import store_kv
+    from ksana_lab.attention.triton_prefill import gather_kv
+
+    layer, tables, _ = make_cache([77], block_size, head_dim, kv_heads, "block_major", 1)
+    before = layer.clone()
+    k, v = torch.randn(2, 78, kv_heads, head_dim, device=DEVICE).to(DTYPE)
+    position = torch.arange(77, device=DEVICE)
+    slots = tables[0].long()[position // block_size] * block_size + position % block_size
+    store_kv(k, v, layer, torch.cat([slots, torch.tensor([-1], device=DEVICE)]))
+    got_k, got_v = gather_kv(layer, tables[0], 77, DTYPE)
+    assert torch.equal(got_k, k[:77]) and torch.equal(got_v, v[:77])
+    before[slots // block_size, 0, :, slots % block_size] = k[:77]
+    before[slots // block_size, 1, :, slots % block_size] = v[:77]
+    assert torch.equal(layer.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN runs on a GPU only")
+@pytest.mark.parametrize("stored_by_other", [False, True])
+def test_backend_of_a_mixed_step_agrees_with_float64(stored_by_other):
+    from ksana_lab.attention.base import AttentionMetadata
+    from ksana_lab.attention.triton import TritonBackend
+
+    lengths, new = [300, 41, 700, 513, 90, 1000], [1, 1, 700, 100, 90, 1000]
+    layer, tables, contents = make_cache(lengths, 32, 128, 2, "block_major", 3)
+    starts = [sum(new[:i]) for i in range(len(new) + 1)]
+    meta = AttentionMetadata(
+        2,
+        torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        tables,
+        torch.empty(0),
+        new,
+        lengths,
+        1000,
+        1000,
+    )
+    q = torch.randn(sum(new), 8, 128, device=DEVICE).to(DTYPE)
+    backend = TritonBackend()
+    if not stored_by_other:
+        k, v = torch.cat([kv[:, :, kv.shape[2] - n :].transpose(1, 2) for kv, n in zip(contents, new, strict=True)], 1).to(DTYPE)
+        backend.remember(k, v, layer)
+    out = backend.attend(q, layer, meta, 128**-0.5)
+    expected = torch.cat([reference(q[starts[i] : starts[i + 1]], kv, 128**-0.5) for i, kv in enumerate(contents)])
+    assert relative_error(out, expected) < TOLERANCE
