@@ -121,9 +121,8 @@ def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
         files = [path / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise CheckpointError(
-                f"{path} lacks {len(missing)} of {len(files)} weight files named by {index.name}: {', '.join(missing[:4])}"
-            )
+            some = ", ".join(missing[:4])
+            raise CheckpointError(f"{path} lacks {len(missing)} of the {len(files)} weight files that {index.name} names: {some}")
         return files
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
