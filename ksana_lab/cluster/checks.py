@@ -167,11 +167,16 @@ def _what_a_checkpoint_lacks(directory: Path) -> list[str]:
     if index is not None:
         shards = sorted(set(index.get("weight_map", {}).values()))
         lacking += [shard for shard in shards if not (directory / shard).is_file()]
-    elif not any(directory.glob("*.safetensors")):
+    elif not any(directory.glob("*.safetensors")) and not _makes_its_own_weights(directory):
         lacking.append("*.safetensors (weights)")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         lacking.append("tokenizer.json")
     return lacking
+
+
+def _makes_its_own_weights(directory: Path) -> bool:
+    """``ksana_lab.models.synth`` can write configuration and tokenizer only; random weights are then made on the device."""
+    return (_json(directory / "ksana_lab_synth.json") or {}).get("has_weights") is False
 
 
 def _json(path: Path) -> dict[str, Any] | None:

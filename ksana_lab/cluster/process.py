@@ -106,8 +106,11 @@ class ChildProcess:
         for raw in pipe:
             line = raw.decode("utf-8", "replace")
             self._ring.append(line.rstrip("\n"))
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            try:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                continue  # nobody reads us any more; the child must not block on a full pipe for that
 
     @property
     def pid(self) -> int | None:

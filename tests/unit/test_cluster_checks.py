@@ -107,6 +107,12 @@ def test_a_good_checkpoint(checkpoint):
     assert checks.model_dir(str(checkpoint)).level == "ok"
 
 
+def test_a_synthetic_checkpoint_may_make_its_weights_on_the_device(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "ksana_lab_synth.json").write_text('{"has_weights": false}')
+    assert checks.model_dir(str(checkpoint)).level == "ok"
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
