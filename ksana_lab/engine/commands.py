@@ -13,7 +13,6 @@ from ksana_lab.core.connector import TransferMeta
 from ksana_lab.core.output import masked_token_ids
 from ksana_lab.core.sequence import Sequence
 from ksana_lab.core.step import SchedulerOutput
-from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.types import SamplingParams
 
 # ---- to a rank -------------------------------------------------------------------------------------------------------
@@ -75,23 +74,12 @@ class RankReady(msgspec.Struct, tag=True):
     endpoint: dict[str, Any]
 
 
-class RankProgress(msgspec.Struct, tag=True):
-    """News of KV transfer (fields as in ``transfer.base.TransferProgress``) and the connector's counters."""
-
-    rank: int
-    sent: list[TransferKey]
-    received: list[TransferKey]
-    failed: list[tuple[TransferKey, str]]
-    dropped: list[TransferKey]
-    stats: dict[str, float]
-
-
 class RankFailed(msgspec.Struct, tag=True):
     rank: int
     error: str
 
 
-FromRank = RankSized | RankReady | RankProgress | RankFailed
+FromRank = RankSized | RankReady | RankFailed
 
 
 class CommandBuilder:

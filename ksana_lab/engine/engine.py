@@ -127,7 +127,7 @@ class Engine:
         """One turn: hear of transfers, schedule, enqueue, read what is due. Blocks for the device only. Raises EngineDead."""
         assert self._executor is not None
         self.wakeup.clear()
-        self._hear_workers()
+        self._executor.check()
         out = self.scheduler.schedule(time.monotonic_ns())
         if out.is_empty:
             self._executor.skip(out)
@@ -138,12 +138,6 @@ class Engine:
             self._finish_step()
         self._check_when_idle()
         return self.scheduler.take_updates()
-
-    def _hear_workers(self) -> None:
-        assert self._executor is not None
-        progress = self._executor.poll()
-        if self._transfer is not None and (progress.sent or progress.received or progress.failed or progress.dropped):
-            self._transfer.on_progress(progress)
 
     def _finish_step(self) -> None:
         out, pending, start_ns = self._inflight.popleft()
@@ -200,9 +194,7 @@ class Engine:
 
     def status(self, token: int = -1) -> EngineStatus:
         assert self._executor is not None
-        scheduler, transfer = self.scheduler, self._executor.stats()
-        if self._transfer is not None:
-            transfer.update(self._transfer.stats())
+        scheduler = self.scheduler
         return EngineStatus(
             token=token,
             num_waiting=scheduler.num_waiting,
@@ -219,7 +211,7 @@ class Engine:
             generated_tokens=scheduler.generated_tokens,
             steps=self._num_steps,
             connected=self._transfer.connected() if self._transfer is not None else [],
-            transfer=transfer,
+            transfer=self._transfer.stats() if self._transfer is not None else {},
             now_ns=time.monotonic_ns(),
         )
 

@@ -1,5 +1,5 @@
-"""Runs steps on all ranks: rank 0 here, the others in processes of their own that are told each step over zmq. Starts them, notices when
-one ends, and joins their news of KV transfer: a key counts as sent, received or dropped when every rank has said so.
+"""Runs steps on all ranks: rank 0 here, the others in processes of their own that are told each step over zmq. Starts them, and notices
+when one ends.
 
 Every wait is bounded: start-up by a time-out and by the children's lives, a step by the time-out of the tensor-parallel group."""
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,14 @@ import zmq
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.core.step import SchedulerOutput
-from ksana_lab.engine.commands import CommandBuilder, FromRank, RankFailed, RankProgress, RankReady, RankSized, SetCache, Stop, ToRank
+from ksana_lab.engine.commands import CommandBuilder, FromRank, RankFailed, RankReady, RankSized, SetCache, Stop, ToRank
 from ksana_lab.engine.model_runner import PendingTokens
 from ksana_lab.engine.worker import Worker
 from ksana_lab.engine.worker_main import CONFIG_FILE, rank_address, rendezvous
 from ksana_lab.errors import EngineDead
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.process import parent_variables
-from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
-from ksana_lab.transfer.base import TransferProgress
 
 log = logging.getLogger(__name__)
 
@@ -94,39 +92,8 @@ class RankProcess:
         self._on_exit()
 
 
-class ProgressJoin:
-    """Holds a key back until all ``num_ranks`` ranks have said the same of it. A failure on one rank is a failure at once."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
-        self._seen: dict[tuple[str, TransferKey], set[int]] = defaultdict(set)
-        self._news = TransferProgress()
-
-    def add(self, rank: int, progress: TransferProgress) -> None:
-        for kind, keys, out in (
-            ("sent", progress.sent, self._news.sent),
-            ("received", progress.received, self._news.received),
-            ("dropped", progress.dropped, self._news.dropped),
-        ):
-            for key in keys:
-                ranks = self._seen[kind, key]
-                ranks.add(rank)
-                if len(ranks) == self._num_ranks:
-                    del self._seen[kind, key]
-                    out.append(key)
-        for key, why in progress.failed.items():
-            self._news.failed.setdefault(key, why)
-        for key in self._news.dropped:  # nothing more will be heard of it
-            self._seen.pop(("sent", key), None)
-            self._seen.pop(("received", key), None)
-
-    def take(self) -> TransferProgress:
-        news, self._news = self._news, TransferProgress()
-        return news
-
-
 class Executor:
-    """``submit`` and ``poll`` belong to one thread. ``wake`` is rung, from any thread, when ``poll`` or ``check`` has something to say."""
+    """``submit`` and ``check`` belong to one thread. ``wake`` is rung, from any thread, when ``check`` would raise."""
 
     def __init__(self, config: EngineConfig, *, ipc_dir: str, recorder: NullRecorder, wake: Callable[[], None]) -> None:
         self._size = size = config.parallel.tensor_parallel_size
@@ -134,8 +101,6 @@ class Executor:
         self._is_closing = False
         self._is_ready = False
         self._builder = CommandBuilder(config.runtime.seed)
-        self._progress = ProgressJoin(size)
-        self._rank_stats: dict[int, dict[str, float]] = {}
         self._context = zmq.Context() if size > 1 else None
         self._decoder = msgspec.msgpack.Decoder(FromRank)
         self._children: list[RankProcess] = []
@@ -173,29 +138,16 @@ class Executor:
         """``out`` is empty and is not executed."""
         self._builder.note_gone(out.gone)
 
-    def poll(self) -> TransferProgress:
-        """What all ranks agree on since the last call. Never blocks. Raises EngineDead when a rank is gone."""
-        assert self.worker is not None
-        self._progress.add(0, self.worker.poll())
+    def check(self) -> None:
+        """Raises EngineDead, with its last log lines, when a rank has ended, TransferError when a connector has. Never blocks."""
+        if self.worker is not None:
+            self.worker.check()
         for socket in self.sockets:
             while socket.poll(0):
-                self._hear(self._decoder.decode(socket.recv()))
-        self.check()
-        return self._progress.take()
-
-    def check(self) -> None:
-        """Raises EngineDead, with its last log lines, when a rank's process has ended."""
-        for child in self._children:
-            if not child.is_alive:
-                raise child.describe_end()
-
-    def stats(self) -> dict[str, float]:
-        """Counters of the ranks' connectors, summed."""
-        total: dict[str, float] = defaultdict(float)
-        for stats in (self.worker.stats() if self.worker else {}, *self._rank_stats.values()):
-            for name, value in stats.items():
-                total[name] += value
-        return dict(total)
+                message = self._decoder.decode(socket.recv())
+                assert isinstance(message, RankFailed), message
+                raise EngineDead(f"tensor-parallel rank {message.rank}: {message.error}")
+        self._check_children()
 
     def close(self) -> None:
         """End the other ranks and let go of memory. May be called twice."""
@@ -259,7 +211,7 @@ class Executor:
         messages = []
         for socket in self.sockets:
             while not socket.poll(200):
-                self.check()
+                self._check_children()
                 if time.monotonic() > deadline:
                     raise EngineDead(f"a tensor-parallel rank did not start within {START_TIMEOUT_S:g} s")
             message = self._decoder.decode(socket.recv())
@@ -282,12 +234,10 @@ class Executor:
             except zmq.Again:
                 raise EngineDead(f"tensor-parallel rank {rank} is not connected any more") from None
 
-    def _hear(self, message: FromRank) -> None:
-        if isinstance(message, RankFailed):
-            raise EngineDead(f"tensor-parallel rank {message.rank}: {message.error}")
-        assert isinstance(message, RankProgress), message
-        self._rank_stats[message.rank] = message.stats
-        self._progress.add(message.rank, TransferProgress(message.sent, message.received, dict(message.failed), message.dropped))
+    def _check_children(self) -> None:
+        for child in self._children:
+            if not child.is_alive:
+                raise child.describe_end()
 
     def _on_child_exit(self) -> None:
         """On a log thread. Rank 0 may be waiting for the dead one inside a kernel: leaving the group ends that wait."""

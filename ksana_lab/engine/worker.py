@@ -21,7 +21,7 @@ from ksana_lab.layers.tp import TPGroup
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.registry import load_model
 from ksana_lab.tracing.recorder import NullRecorder
-from ksana_lab.transfer.base import TransferProgress, WorkerConnector
+from ksana_lab.transfer.base import WorkerConnector
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def open_connector(
 
 
 class Worker:
-    """``max_num_blocks``, then ``set_cache``, then ``execute`` for every step. ``wake``: called from any thread when ``poll`` has news."""
+    """``max_num_blocks``, then ``set_cache``, then ``execute`` for every step. ``wake``: called from any thread when ``check`` would raise."""
 
     def __init__(
         self,
@@ -146,12 +146,10 @@ class Worker:
     def execute(self, command: StepCommand) -> PendingTokens:
         return self.runner.execute(command)
 
-    def poll(self) -> TransferProgress:
-        """Never blocks."""
-        return TransferProgress() if self.connector is None else self.connector.poll()
-
-    def stats(self) -> dict[str, float]:
-        return {} if self.connector is None else self.connector.stats()
+    def check(self) -> None:
+        """Raises TransferError when this rank's connector has died. Never blocks."""
+        if self.connector is not None:
+            self.connector.poll()
 
     def endpoint(self) -> dict[str, Any]:
         """Where peers reach this rank's cache; {} on a mixed node."""

@@ -1,4 +1,5 @@
-"""Process of a tensor-parallel rank other than 0: hears commands from rank 0's process, answers with news of KV transfer.
+"""Process of a tensor-parallel rank other than 0: hears commands from rank 0's process and carries them out. It speaks only to say that it
+is ready or failed; tokens are rank 0's to report, and its connector talks to the coordinator by itself.
 
     python -m ksana_lab.engine.worker_main --rank 1 --ipc-dir DIR        (started by executor.py; not by hand)
 
@@ -17,7 +18,7 @@ import zmq
 
 from ksana_lab import log as log_format
 from ksana_lab.config.engine import EngineConfig
-from ksana_lab.engine.commands import FromRank, RankFailed, RankProgress, RankReady, RankSized, SetCache, StepCommand, Stop, ToRank
+from ksana_lab.engine.commands import FromRank, RankFailed, RankReady, RankSized, SetCache, StepCommand, Stop, ToRank
 from ksana_lab.engine.wakeup import Wakeup
 from ksana_lab.engine.worker import Worker
 from ksana_lab.process import die_with_parent
@@ -74,7 +75,7 @@ class RankLoop:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
         while True:
-            poller.poll()  # until a command or news; the parent's end is ours
+            poller.poll()  # for ever: the parent's end is ours
             self._wakeup.clear()
             while self._socket.poll(0):
                 command = self._decoder.decode(self._socket.recv())
@@ -86,14 +87,7 @@ class RankLoop:
                     self._send(RankReady(self.rank, device.index or 0, worker.device_name, worker.endpoint()))
                 elif isinstance(command, StepCommand):
                     worker.execute(command)
-                self._report(worker)
-            self._report(worker)
-
-    def _report(self, worker: Worker) -> None:
-        news = worker.poll()
-        if news.sent or news.received or news.failed or news.dropped:
-            failed = list(news.failed.items())
-            self._send(RankProgress(self.rank, news.sent, news.received, failed, news.dropped, worker.stats()))
+            worker.check()
 
     def _send(self, message: FromRank) -> None:
         self._socket.send(msgspec.msgpack.encode(message))

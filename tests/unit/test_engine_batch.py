@@ -9,13 +9,10 @@ from ksana_lab.config.engine import CacheOptions
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.core.step import StepTokens
 from ksana_lab.engine.commands import CommandBuilder, StepCommand
-from ksana_lab.engine.executor import ProgressJoin
 from ksana_lab.engine.input_batch import InputBatch
 from ksana_lab.engine.kv_cache import allocate_plain, cpu_num_blocks, make_layer_views
 from ksana_lab.engine.sampler import PLAIN_GREEDY
 from ksana_lab.engine.wakeup import Wakeup
-from ksana_lab.protocol.engine import TransferKey
-from ksana_lab.transfer.base import TransferProgress
 
 
 class Rank:
@@ -95,7 +92,7 @@ def test_a_preempted_sequence_is_introduced_again_with_its_outputs():
     for _ in range(30):
         if not rank.sched.running and not rank.sched.num_waiting:
             break
-        command, inputs = rank.step()
+        command, _ = rank.step()
         introduced += [(new.seq_id, len(new.token_ids), new.num_prompt_tokens) for new in command.new]
     assert introduced[:2] == [(0, 7, 7), (1, 7, 7)] and introduced[2][0] == 1 and introduced[2][1] > 7
 
@@ -135,17 +132,6 @@ def test_default_cache_of_a_cpu_is_enough_but_bounded():
     assert cpu_num_blocks(CacheOptions(block_size=16), 1 << 10, max_num_seqs=4, max_model_len=100) == 28
     assert cpu_num_blocks(CacheOptions(block_size=16), 1 << 20, max_num_seqs=1000, max_model_len=10_000) == 512
     assert cpu_num_blocks(CacheOptions(num_blocks=7), 1 << 20, 10, 10) == 7
-
-
-def test_a_key_counts_when_every_rank_has_said_so():
-    join, key, other = ProgressJoin(2), TransferKey("a__b", 1), TransferKey("a__b", 2)
-    join.add(0, TransferProgress(sent=[key], received=[other]))
-    assert join.take().sent == []
-    join.add(1, TransferProgress(received=[other]))
-    join.add(1, TransferProgress(sent=[key], failed={other: "cut"}))
-    news = join.take()
-    assert (news.sent, news.received, news.failed) == ([key], [other], {other: "cut"})
-    assert join.take() == TransferProgress()
 
 
 def test_a_ring_before_the_wait_is_not_lost():
