@@ -210,7 +210,6 @@ class FakeEngine:
         if finish is not None:
             del self._live[request.request_id]
         top = tuple((token + i, -0.5 - i) for i in range(sampling.logprobs or 0))
-        now = time.monotonic_ns()
         return SequenceUpdate(
             request.request_id,
             [token],
@@ -218,9 +217,9 @@ class FakeEngine:
             stop_reason=token if finish is FinishReason.STOP else None,
             logprobs=None if sampling.logprobs is None else [TokenLogprob(token, -0.5, top)],
             num_cached_tokens=2,
-            scheduled_ns=now - 3_000_000,
-            prefill_end_ns=now - 1_000_000,
-            first_token_ns=now,
+            scheduled_ns=request.arrival_ns + 1_000_000,
+            prefill_end_ns=request.arrival_ns + 3_000_000,
+            first_token_ns=time.monotonic_ns(),
         )
 
 
