@@ -219,16 +219,16 @@ class Coordinator:
             assert isinstance(self._sessions, Acceptor)
             self._sessions.on_rank_connected(message.rank, message.session, self._num_ranks)
         elif self.prefill is not None:
-            self._prefill_rank(self.prefill, message)
+            self._prefill_rank(self.prefill, message, now_ns)
         elif self.decode is not None:
             self._decode_rank(self.decode, message)
 
     @staticmethod
-    def _prefill_rank(ledger: PrefillLedger, message: msgspec.Struct) -> None:
+    def _prefill_rank(ledger: PrefillLedger, message: msgspec.Struct, now_ns: int) -> None:
         if isinstance(message, wire.RankSent):
             ledger.on_rank_sent(message.rank, message.key, message.serial)
         elif isinstance(message, wire.RankFailed):
-            ledger.on_rank_failed(message.key, message.window, message.reason)
+            ledger.on_rank_failed(message.key, message.window, message.reason, now_ns)
         elif isinstance(message, wire.Dropped):
             ledger.on_dropped(message.rank, message.key, message.serial, message.window)
 

@@ -91,9 +91,9 @@ class PrefillLedger:
         assert entry.seq_id is None, key
         entry.seq_id, entry.serial, entry.num_tokens = seq_id, serial, num_tokens
         if (reason := self._exhume(key)) is not None:
-            self._doom(entry, reason)
+            self._doom(entry, reason, now_ns)
         else:
-            self._compare(entry)
+            self._compare(entry, now_ns)
 
     def on_first_token(self, key: TransferKey, serial: int, first: FirstToken) -> None:
         entry = self._local(key, serial)
@@ -115,7 +115,7 @@ class PrefillLedger:
             if serial is None:
                 self._bury(key, reason, now_ns)
         elif entry.serial == (serial or 0):
-            self._doom(entry, reason, is_local=True)
+            self._doom(entry, reason, now_ns, is_local=True)
 
     def on_rank_sent(self, rank: int, key: TransferKey, serial: int) -> None:
         entry = self._local(key, serial)
@@ -123,10 +123,10 @@ class PrefillLedger:
             entry.sent.add(rank)
             self._complete(entry)
 
-    def on_rank_failed(self, key: TransferKey, window: int, reason: str) -> None:
+    def on_rank_failed(self, key: TransferKey, window: int, reason: str, now_ns: int) -> None:
         entry = self.entries.get(key)
         if entry is not None and entry.window == window:
-            self._doom(entry, reason)
+            self._doom(entry, reason, now_ns)
 
     def on_dropped(self, rank: int, key: TransferKey, serial: int, window: int) -> None:
         entry = self.draining.get((key, serial, window))
@@ -161,16 +161,14 @@ class PrefillLedger:
             wire.Target(key, message.session, message.window, message.blocks, message.num_tokens, message.num_cached_tokens)
         )
         self._send_first_token(entry)
-        self._compare(entry)
+        self._compare(entry, now_ns)
 
     def on_cancel(self, message: wire.Cancel, now_ns: int) -> None:
         key, entry = message.key, self.entries.get(message.key)
         if (key, message.window) in ((k, w) for k, _, w in self.draining):
             return  # ``CancelDone`` follows by itself
         if entry is not None and entry.window in (0, message.window):
-            if entry.seq_id is None:
-                self._bury(key, message.reason, now_ns)
-            self._doom(entry, message.reason, is_peers=True)
+            self._doom(entry, message.reason, now_ns, is_peers=True)
             if entry.session:
                 return
         elif entry is None:
@@ -180,9 +178,7 @@ class PrefillLedger:
 
     def on_session_lost(self, session: int, reason: str, now_ns: int) -> None:
         for entry in [e for e in self.entries.values() if e.session == session]:
-            if entry.seq_id is None:
-                self._bury(entry.key, reason, now_ns)
-            self._doom(entry, reason, is_peers=True)
+            self._doom(entry, reason, now_ns, is_peers=True)
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
@@ -190,10 +186,11 @@ class PrefillLedger:
         for entry in list(self.entries.values()):
             if entry.seq_id is None and now_ns - entry.created_ns >= self._claim_ns:
                 self.num_lease_expiries += 1
-                self._doom(entry, f"the prefill node did not see request {entry.key} within {self._claim_ns / 1e9:g} s of its announcement")
+                waited = f"{self._claim_ns / 1e9:g} s"
+                self._doom(entry, f"the prefill node did not see request {entry.key} within {waited} of its announcement", now_ns)
             elif entry.finished_ns and not entry.session and now_ns - entry.finished_ns >= self._lease_ns:
                 self.num_lease_expiries += 1
-                self._doom(entry, f"the decode node never announced request {entry.key} (waited {self._lease_ns / 1e9:g} s)")
+                self._doom(entry, f"the decode node never announced request {entry.key} (waited {self._lease_ns / 1e9:g} s)", now_ns)
         while self._tombstones:
             key, (buried_ns, _) = next(iter(self._tombstones.items()))
             if now_ns - buried_ns < self._claim_ns:
@@ -206,11 +203,12 @@ class PrefillLedger:
         entry = self.entries.get(key)
         return entry if entry is not None and entry.seq_id is not None and entry.serial == serial else None
 
-    def _compare(self, entry: PrefillEntry) -> None:
+    def _compare(self, entry: PrefillEntry, now_ns: int) -> None:
         """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete."""
         if entry.session and entry.seq_id is not None and entry.num_tokens != entry.num_tokens_announced:
             lengths = f"{entry.num_tokens} tokens on the prefill node and {entry.num_tokens_announced} on the decode node"
-            self._doom(entry, f"the prompt of request {entry.key} has {lengths}; do both use the same tokenizer and chat template?")
+            why = f"the prompt of request {entry.key} has {lengths}; do both use the same tokenizer and chat template?"
+            self._doom(entry, why, now_ns)
 
     def _send_first_token(self, entry: PrefillEntry) -> None:
         if entry.first is not None and entry.session:
@@ -224,9 +222,11 @@ class PrefillLedger:
             assert entry.seq_id is not None
             self._effects.news(News("sent", entry.seq_id))
 
-    def _doom(self, entry: PrefillEntry, reason: str, *, is_local: bool = False, is_peers: bool = False) -> None:
-        """``is_local``: the scheduler knows. ``is_peers``: D knows, or is gone."""
+    def _doom(self, entry: PrefillEntry, reason: str, now_ns: int, *, is_local: bool = False, is_peers: bool = False) -> None:
+        """``is_local``: the scheduler knows. ``is_peers``: D knows, or is gone. Whoever has not spoken yet hears it when he does."""
         del self.entries[entry.key]
+        if (entry.seq_id is None and not is_local) or (not entry.session and not is_peers):
+            self._bury(entry.key, reason, now_ns)
         entry.reason = reason or "unknown"
         entry.awaited = set(range(self._num_ranks))
         self.draining[entry.key, entry.serial, entry.window] = entry

@@ -1,4 +1,4 @@
-"""Two real ends of KV transfer without a model: a cache filled with random numbers stands for prefill, everything else is the real thing."""
+"""Two real ends of KV transfer without a model: random numbers written into a cache stand for prefill, the rest is the real thing."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ class Node:
         for rank, cache in enumerate(self.caches):
             heads, size = heads_of(rank, self.tp, HEADS), self.layout.block_size
             for token in range(start, num_tokens):
-                kv[:, :, heads.start : heads.stop, token] = cache[seq.block_table[token // size], :, :, :, token % size]
+                seen, mine = kv[:, :, heads.start : heads.stop, token], cache[seq.block_table[token // size], :, :, :, token % size]
+                assert np.isnan(seen).all() or np.array_equal(seen, mine), f"rank {rank} has another replica of token {token}"
+                seen[:] = mine
         return kv[:, :, :, start:]
 
     def close(self) -> None:
