@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Protocol
 
 from ksana_lab.config.engine import SchedulerOptions
@@ -139,12 +140,15 @@ class Scheduler:
         step = SchedulerOutput(self._num_steps)
         budget = self.options.max_num_batched_tokens
         num_preemptions = self.num_preemptions
-        oldest_first = sorted(self.running.values(), key=lambda seq: seq.seq_id)
-        for seq in oldest_first:  # decodes; a victim of preemption is newer than whoever needs its blocks, so never in the step already
-            if seq.num_uncomputed_tokens == 1 and not seq.has_reached_limit and seq.seq_id in self.running and self._make_room(seq):
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in sorted(self.running.values(), key=attrgetter("seq_id")):
+            (decodes if seq.num_uncomputed_tokens == 1 else prompts).append(seq)
+        for seq in decodes:  # oldest first: a victim of preemption is newer than whoever needs its blocks, so never in the step already
+            if not seq.has_reached_limit and seq.seq_id in self.running and self._make_room(seq):
                 budget -= self._include(step, seq, 1)
-        for seq in oldest_first:  # prompts under way; their blocks exist
-            if budget and seq.num_uncomputed_tokens > 1 and seq.seq_id in self.running:
+        for seq in prompts:  # under way; their blocks exist
+            if budget and seq.seq_id in self.running:
                 budget -= self._include(step, seq, budget)
         if self.num_preemptions == num_preemptions:  # else what is free was just taken from someone
             self._admit(step, budget, now_ns)
@@ -171,7 +175,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence) -> bool:
         """A block for the next token of ``seq``, taken from the newest sequences if need be. False: ``seq`` was the newest itself."""
         while not self.blocks.grow(seq, seq.num_computed_tokens + 1):
-            victim = max((s for s in self._preemptible()), key=lambda s: s.seq_id)
+            victim = max(self._preemptible(), key=attrgetter("seq_id"))
             self._preempt(victim)
             if victim is seq:
                 return False

@@ -34,8 +34,11 @@ log = logging.getLogger(__name__)
 class Engine:
     """Owned by one thread. ``step`` while ``is_busy``, else wait for ``pollables`` and new requests and step again."""
 
-    def __init__(self, config: EngineConfig, *, recorder: NullRecorder | None = None) -> None:
+    def __init__(self, config: EngineConfig, *, recorder: NullRecorder | None = None, pipeline_depth: int | None = None) -> None:
+        """``pipeline_depth``: steps under way when the next is scheduled, 0 or 1; None = 1 on CUDA, 0 on a CPU, which computes on the
+        calling thread."""
         self.config = config
+        self._pipeline_depth = pipeline_depth
         self._recorder = recorder or NullRecorder()
         self._ipc_dir = tempfile.mkdtemp(prefix="ksana-lab-")  # mode 0700: sockets of the ranks and of the transfer's control
         self._inflight: deque[tuple[SchedulerOutput, PendingTokens, int]] = deque()
@@ -60,7 +63,7 @@ class Engine:
         assert executor.worker is not None
         self._model = executor.worker.model_config
         self._device = executor.worker.device
-        self._depth = 1 if self._device.type == "cuda" else 0
+        self._depth = int(self._device.type == "cuda") if self._pipeline_depth is None else self._pipeline_depth
         if config.connector.role.is_disaggregated:
             from ksana_lab.transfer.scheduler_side import make_scheduler_connector
 

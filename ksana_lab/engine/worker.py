@@ -73,7 +73,8 @@ def open_connector(
 
 
 class Worker:
-    """``max_num_blocks``, then ``set_cache``, then ``execute`` for every step. ``wake``: called from any thread when ``check`` would raise."""
+    """First ``max_num_blocks``, then ``set_cache``, then ``execute`` for every step. ``wake`` is called, from any thread, when ``check``
+    would raise."""
 
     def __init__(
         self,

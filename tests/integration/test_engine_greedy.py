@@ -3,7 +3,10 @@
 import pytest
 from helpers_checkpoint import ARCHITECTURES, checkpoint, oracle_greedy, prompts
 
+from ksana_lab.config.engine import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions
+from ksana_lab.engine.engine import Engine
 from ksana_lab.engine.llm import LLM
+from ksana_lab.protocol.engine import AddRequest
 from ksana_lab.types import SamplingParams
 
 NUM = 16
@@ -52,3 +55,21 @@ def test_everything_at_once():
 def test_tensor_parallel_ranks_say_the_same():
     batch = prompts(5, seed=3)
     assert check("qwen3", batch, tensor_parallel_size=2, num_blocks=14, prefill_chunk_tokens=20).num_preemptions > 0
+
+
+def test_pipelined_steps_say_the_same():
+    """As on CUDA: a step is scheduled before the tokens of the one before are known."""
+    batch = prompts(5, seed=3)
+    cache = CacheOptions(block_size=8, num_blocks=14, enable_prefix_caching=True)
+    config = EngineConfig(model=ModelOptions(model_dir=checkpoint()), cache=cache, scheduler=SchedulerOptions(prefill_chunk_tokens=20))
+    engine, tokens = Engine(config, pipeline_depth=1), {str(i): [] for i in range(5)}
+    try:
+        for i, prompt in enumerate(batch):
+            engine.add(AddRequest(str(i), prompt, GREEDY, arrival_ns=1 << 62))
+        while not engine.is_idle:
+            for update in engine.step():
+                tokens[update.request_id] += update.new_token_ids
+        assert engine.scheduler.num_preemptions > 0 and engine.scheduler.check() == 0
+    finally:
+        engine.close()
+    assert list(tokens.values()) == [oracle_greedy("qwen3", tuple(prompt), NUM) for prompt in batch]
