@@ -31,6 +31,7 @@ from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.config.environment import child_environment, visible_gpus
 from ksana_lab.errors import ConfigError, KsanaLabError, ProcessDied
 from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.process import is_alive
 from ksana_lab.protocol.node import comm_key
 from ksana_lab.types import Role, SamplingParams
 from ksana_lab.workload.spec import WorkloadSpec
@@ -146,7 +147,8 @@ class Cluster:
         checks.refuse(self.preflight())
         for warning in self.plan.warnings:
             log.warning("%s", warning)
-        self._run_dir = Path(tempfile.mkdtemp(prefix="ksana_lab-"))
+        _remove_abandoned_run_dirs()
+        self._run_dir = Path(tempfile.mkdtemp(prefix=f"ksana_lab-{os.getpid()}-"))
         self._spawner = Spawner()
         atexit.register(self.close)
         for process in mine:  # the router first; a node that comes before it would only retry
@@ -365,6 +367,14 @@ def _sampling_config(sampling: dict[str, Any]) -> dict[str, Any]:
     if not config.get("temperature"):
         return {**config, "topk": 1, "temperature": 1.0}
     return {**config, "topk": config.get("topk") or 1024, "do_sample": True}
+
+
+def _remove_abandoned_run_dirs() -> None:
+    """Private folders of clusters whose process was killed: nobody could remove them then."""
+    for path in Path(tempfile.gettempdir()).glob("ksana_lab-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdecimal() and not is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _num_cores() -> int:

@@ -173,6 +173,17 @@ with Cluster.from_yaml(sys.argv[1], model_dir=sys.argv[2], program=(sys.executab
 """
 
 
+def test_the_folder_of_a_killed_cluster_is_removed_by_the_next_one(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait(10)
+    abandoned, living = tmp_path / f"ksana_lab-{dead.pid}-x", tmp_path / f"ksana_lab-{os.getpid()}-x"
+    abandoned.mkdir()
+    living.mkdir()
+    with make():
+        assert not abandoned.exists() and living.exists()
+
+
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_orphan_and_no_held_port_whatever_ends_the_parent(make, tmp_path, checkpoint, sig):
     make()  # writes the file
