@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import logging
 import signal
 import socket
@@ -276,6 +277,8 @@ def uvicorn_config(router: Router) -> uvicorn.Config:
         router,
         http="httptools",
         loop="auto",  # uvloop where it runs
+        ws="none",
+        proxy_headers=False,  # nobody here asks who the client is
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -297,6 +300,7 @@ def serve(config: RouterConfig) -> int:
             router.load()
             logger.info("cluster %s, policy %s", config.cluster_name, config.policy)
             sys.setswitchinterval(0.0005)  # s; the store's thread must not hold up the token path for the default 5 ms
+            gc.freeze()  # what was imported is here to stay: no collection need walk it
             _Server(uvicorn_config(router)).run(sockets=[listener])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

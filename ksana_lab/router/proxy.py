@@ -4,6 +4,7 @@ was accepted, tells the client what went wrong. Does not parse bodies and never 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import MutableMapping
@@ -52,6 +53,9 @@ _NOT_FOR_NODES = {
     FIRST_TOKEN_HEADER,
     REQUEST_ID_HEADER,
 }
+
+
+_GOOD_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Proxy:
@@ -198,7 +202,7 @@ class Proxy:
 
 
 def _node_headers(raw: list[tuple[bytes, bytes]]) -> tuple[CIMultiDict[str], str]:
-    """The client's headers for the nodes, and the request id, which is made if the client gave none."""
+    """The client's headers for the nodes, and the request id, which is made if the client gave none that can be used."""
     headers: CIMultiDict[str] = CIMultiDict()
     request_id, named = "", ""
     for name_bytes, value_bytes in raw:  # ASGI: names are lower case
@@ -211,7 +215,8 @@ def _node_headers(raw: list[tuple[bytes, bytes]]) -> tuple[CIMultiDict[str], str
             named = value
     for name in named.split(","):  # headers that Connection names are for this hop only
         headers.popall(name.strip(), None)
-    request_id = request_id or uuid.uuid4().hex
+    if not _GOOD_REQUEST_ID.fullmatch(request_id):
+        request_id = uuid.uuid4().hex  # both nodes would make one each
     headers[REQUEST_ID_HEADER] = request_id
     return headers, request_id
 

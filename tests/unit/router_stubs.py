@@ -26,7 +26,7 @@ class StubNode:
         self.role, self.handler = role, handler
         self.requests: list[web.Request] = []
         self.bodies: list[bytes] = []
-        self.asked, self.gone = asyncio.Event(), asyncio.Event()
+        self.asked, self.answered, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.addr = self.node_id = ""
         self._runner: web.AppRunner | None = None
 
@@ -49,7 +49,9 @@ class StubNode:
         self.bodies.append(await request.read())
         self.asked.set()
         try:
-            return await self.handler(request)
+            response = await self.handler(request)
+            self.answered.set()
+            return response
         except (asyncio.CancelledError, ConnectionResetError):
             self.gone.set()
             raise

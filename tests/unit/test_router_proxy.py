@@ -72,6 +72,12 @@ async def test_a_request_id_is_made_once_and_comm_request_ids_differ():
         assert len(set(ids)) == len({q.headers["kv-comm-request-id"] for q in p.requests}) == 3
 
 
+async def test_a_request_id_that_nodes_would_not_take_is_replaced_for_both():
+    async with one_pair(json_reply(200, {}), json_reply(200, {})) as (router, p, d):
+        await router.call("/generate", headers={"x-request-id": "x" * 200})
+        assert p.requests[0].headers["x-request-id"] == d.requests[0].headers["x-request-id"] != "x" * 200
+
+
 async def test_a_mixed_node_gets_no_pair_headers_and_ends_generate_streams_alike():
     node = StubNode("mixed", stream(obj(65), obj(65, 66)))
     async with stub_nodes(node), running_router() as router:
@@ -98,11 +104,14 @@ async def test_generate_shows_prefills_token_at_once_then_decodes_objects(ack):
 
 
 async def test_generate_leaves_out_prefills_object_when_decode_was_faster():
-    go = Event()
-    async with one_pair(stream(go, obj(65)), stream(obj(65, 66), go, obj(65, 66, 67))) as (router, _p, _d):
+    go, end = Event(), Event()
+    async with one_pair(stream(go, obj(65)), stream(obj(65, 66), end, obj(65, 66, 67))) as (router, p, _d):
         response = await router.post("/generate")
         assert await wait_for(response.content.readuntil(b"\0"), BOUND_S) == obj(65, 66)
         go.set()
+        while router.router.registry.get(p.node_id).num_requests:  # until the router has read it
+            await asyncio.sleep(0)
+        end.set()
         assert await read(response) == obj(65, 66, 67) + b"[DONE]\0"
 
 
@@ -120,8 +129,13 @@ async def test_a_decode_that_acknowledges_waits_for_prefills_first_token(path):
 
 
 async def test_a_first_token_that_was_the_last_still_ends_the_stream():
-    async with one_pair(stream(obj(65)), stream(headers=ACK)) as (router, _p, _d):
-        assert await ask(router, "/generate") == (200, obj(65) + b"[DONE]\0")
+    go = Event()
+    async with one_pair(stream(go, obj(65)), stream(headers=ACK)) as (router, _p, d):
+        asked = asyncio.create_task(ask(router, "/generate"))
+        await wait_for(d.answered.wait(), BOUND_S)
+        await router.nodes()  # decode's end is read by now
+        go.set()
+        assert await asked == (200, obj(65) + b"[DONE]\0")
 
 
 async def test_sse_without_acknowledgement_is_decodes_stream_untouched():
