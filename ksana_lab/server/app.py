@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,12 +39,13 @@ from ksana_lab.server.openai_api import ChatEndpoint, CompletionEndpoint
 from ksana_lab.server.registrar import Registrar
 from ksana_lab.server.tokenizing import Tokenizer
 from ksana_lab.tracing.recorder import open_recorder
-from ksana_lab.types import Role
+from ksana_lab.types import NodeAddr, Role
 
 log = logging.getLogger(__name__)
 
 ENGINE_START_TIMEOUT_S = 3600.0  # reading a large model from a slow disk
 ENGINE_SILENCE_S = 15.0  # without a message of an engine that is asked every second
+STATUS_TIMEOUT_S = 1.0  # for /health and /metrics
 SHUTDOWN_GRACE_S = 5  # for the last answers
 KEEP_ALIVE_S = 200  # the reference's; a router's pooled connection must outlive a quiet minute
 
@@ -67,6 +69,7 @@ def serve(config: EngineConfig, host: str, port: int, api_address: str, engine_a
         log.error("cannot listen on %s:%d: %s; is another server running there? choose another --port", host, port, error.strerror)
         tokenizer.close()
         return EXIT_CONFIG
+    sys.setswitchinterval(0.0005)  # s; tokenising and trace threads must not hold up the token path for the default 5 ms
     with listener:
         return uvloop.run(NodeServer(config, tokenizer, api_address, engine_alive).run(listener))
 
@@ -109,6 +112,7 @@ class NodeServer:
         """Serve on ``listener`` until ``stop`` or the engine's end. Returns the exit code."""
         self.engine.open()
         self._http = _HttpServer(self, self._before_shutdown)
+        log.info("listening on http://%s", NodeAddr(*listener.getsockname()[:2]))
         lifecycle = asyncio.create_task(self._follow_engine(), name="follow-engine")
         try:
             await self._http.serve(sockets=[listener])
@@ -181,9 +185,15 @@ class NodeServer:
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
 
     async def _health(self, request: Request) -> HttpResponse:
+        await self._refresh_status()
         reasons = self.problems()
         verdict = {"status": "unhealthy" if reasons else "healthy", "reasons": reasons}
         return _json(verdict | self._state(), 503 if reasons else 200)
+
+    async def _refresh_status(self) -> None:
+        """Or keep the last one: an engine that is dead or in a long step is told by ``problems`` and by the gauges beside it."""
+        with contextlib.suppress(EngineDead):
+            await self.engine.get_status(STATUS_TIMEOUT_S)
 
     def problems(self) -> list[str]:
         """Why this node cannot serve its part; [] when it can."""
@@ -238,8 +248,7 @@ class NodeServer:
         return state
 
     async def _metrics(self, request: Request) -> HttpResponse:
-        with contextlib.suppress(EngineDead):  # then the gauges are those of the last status, and engine_up says how it is
-            await self.engine.get_status(timeout_s=1.0)
+        await self._refresh_status()
         return HttpResponse(self.metrics.render(), media_type=CONTENT_TYPE.decode())
 
     def _gauges(self) -> dict[str, float]:

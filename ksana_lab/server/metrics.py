@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, UntypedMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -105,8 +105,10 @@ class _StateCollector(Collector):
             name = metric_name(key)
             if name.endswith("_total"):
                 yield self._counter(name.removesuffix("_total"), "Counter of the KV transfer", value)
-            else:
-                yield self._gauge(name, "State of the KV transfer", value)
+            else:  # the connector does not say whether it only grows
+                family = UntypedMetricFamily(name, "State of the KV transfer", labels=("role",))
+                family.add_metric((self._role,), value)
+                yield family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=("role",))

@@ -117,7 +117,9 @@ class FakeEngine:
     def reset(self) -> None:
         """As new, for the next test of a shared node."""
         self.paused, self.script, self.mute = False, None, False
-        self._do(self._live.clear)
+        done = threading.Event()
+        self._do(lambda: (self._live.clear(), done.set()))
+        assert done.wait(10)
         self.received = []
 
     def send(self, message: FromEngine) -> None:
