@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -96,9 +97,12 @@ class Router:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.proxy.check_interval_s)
-            self.registry.expire()
-            self.groups.expire()
-            self.proxy.check()
+            try:
+                self.registry.expire()
+                self.groups.expire()
+                self.proxy.check()
+            except Exception:  # every time-out of the router hangs on this loop: it must go on
+                logger.exception("the router's timer")
 
     # ---- what the control routes answer ------------------------------------------------------------------------------
 
@@ -300,12 +304,20 @@ def serve(config: RouterConfig) -> int:
             router.load()
             logger.info("cluster %s, policy %s", config.cluster_name, config.policy)
             sys.setswitchinterval(0.0005)  # s; the store's thread must not hold up the token path for the default 5 ms
+            _allow_many_sockets()
             gc.freeze()  # what was imported is here to stay: no collection need walk it
             _Server(uvicorn_config(router)).run(sockets=[listener])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _allow_many_sockets() -> None:
+    """Each request in flight has three; the usual limit of 1,024 files would end at 340 of them."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS calls its limit infinite and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _log_to(log_dir: str | None) -> None:

@@ -54,7 +54,7 @@ class Node:
     num_requests: int = 0  # in flight through this router
     num_tokens: int = 0  # their prompts, estimated
     num_requests_elsewhere: int = 0  # what the node reported beyond ours: other routers, direct clients
-    is_suspect: bool = False  # refused a connection since its last heartbeat
+    is_suspect: bool = False  # refused a connection since its last heartbeat, or has sent none to this process yet
     was_online: bool = True
 
     @property
@@ -209,9 +209,10 @@ class Registry:
                 logger.warning("%s is offline: no heartbeat for %.1f s", node, self.silent_s(node))
 
     def restore(self, nodes: Iterable[Node]) -> None:
-        """Nodes that an earlier router process knew. They are online if their last heartbeat is recent enough, like any other."""
+        """Nodes that an earlier router process knew. They are online if their last heartbeat is recent enough, like any other, but one
+        that has been heard since is preferred."""
         for node in nodes:
-            node.was_online = self.is_online(node)
+            node.was_online, node.is_suspect = self.is_online(node), True
             self._insert(node)
         self.version += 1
 

@@ -306,6 +306,16 @@ async def test_a_refused_connection_is_tried_once_more_elsewhere():
         assert_idle(router)
 
 
+async def test_there_is_no_third_attempt():
+    nodes = [StubNode("mixed", hang()) for _ in range(3)]
+    async with stub_nodes(*nodes), running_router() as router:
+        for node in nodes:
+            await router.add(node)
+            await node.stop()
+        assert (await ask(router, "/generate"))[0] == 502
+        assert sum(node.is_suspect for node in router.router.registry) == 2
+
+
 async def test_nothing_is_tried_again_once_a_node_has_answered():
     a, b = StubNode("mixed", stream("abort")), StubNode("mixed", stream("abort"))
     async with stub_nodes(a, b), running_router() as router:

@@ -168,6 +168,15 @@ def test_a_node_silent_for_long_is_forgotten(cluster, pair):
     assert list(cluster.registry) == [pair[0]]
 
 
+def test_a_restored_node_is_trusted_after_its_first_heartbeat(cluster):
+    node = cluster.add(P, "prefill")
+    again = Cluster()
+    again.registry.restore([node])
+    assert again.registry.is_online(node) and node.is_suspect
+    again.beat(node)
+    assert not node.is_suspect
+
+
 def test_load_reported_beyond_ours_counts_as_others(cluster):
     node = cluster.add(P, "prefill")
     node.take(100)
