@@ -56,7 +56,7 @@ class PrefillEntry:
     window: int = 0
     num_tokens_announced: int = 0
     first: FirstToken | None = None
-    finished_ns: int = 0  # the scheduler is done with it and holds its blocks
+    finished_ns: int | None = None  # the scheduler is done with it and holds its blocks
     sent: set[int] = field(default_factory=set)  # ranks
     awaited: set[int] = field(default_factory=set)  # doomed: ranks that have not dropped it yet
     reason: str = ""
@@ -188,7 +188,7 @@ class PrefillLedger:
                 self.num_lease_expiries += 1
                 waited = f"{self._claim_ns / 1e9:g} s"
                 self._doom(entry, f"the prefill node did not see request {entry.key} within {waited} of its announcement", now_ns)
-            elif entry.finished_ns and not entry.session and now_ns - entry.finished_ns >= self._lease_ns:
+            elif entry.finished_ns is not None and not entry.session and now_ns - entry.finished_ns >= self._lease_ns:
                 self.num_lease_expiries += 1
                 self._doom(entry, f"the decode node never announced request {entry.key} (waited {self._lease_ns / 1e9:g} s)", now_ns)
         while self._tombstones:
@@ -216,7 +216,7 @@ class PrefillLedger:
             self._effects.to_peer(entry.session, wire.FirstToken(entry.session, entry.key, entry.window, first.token_id, first.logprob))
 
     def _complete(self, entry: PrefillEntry) -> None:
-        if len(entry.sent) == self._num_ranks and entry.finished_ns and entry.first is not None:
+        if len(entry.sent) == self._num_ranks and entry.finished_ns is not None and entry.first is not None:
             del self.entries[entry.key]
             self.num_sent += 1
             assert entry.seq_id is not None

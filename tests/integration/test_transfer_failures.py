@@ -345,7 +345,7 @@ def test_a_peer_that_says_nothing_is_gone(monkeypatch):
 
 
 def test_p_does_not_hold_blocks_for_ever():
-    with make_pair(lease_s=0.3) as (p, d):
+    with make_pair(lease_s=0.3) as (p, _):
         seq = p.sequence(1, 9)
         p.prefill(seq, random_kv(9))
         p.wait(lambda news: seq.seq_id in news.failed, "failure")
@@ -403,14 +403,11 @@ def test_a_stranger_on_the_data_port_is_turned_away():
             with socket.create_connection((endpoint["host"], endpoint["port"]), timeout=5) as stranger:
                 stranger.sendall(greeting)
                 stranger.settimeout(5)
-                with pytest.raises(ConnectionResetError) if greeting is greetings[0] else _nothing():
+                try:
                     assert stranger.recv(1) == b""
+                except ConnectionResetError:
+                    pass  # what it had still to say was not read
         send(p, d)
-
-
-@contextmanager
-def _nothing():
-    yield
 
 
 def test_an_announcement_outside_the_cache_is_rejected():

@@ -1,7 +1,7 @@
 """A prefill or decode node in a process of its own, to be killed: ``python transfer_peer.py ROLE BACKEND PORT PEER_ADDRESS``.
 
-Prints its control address. A prefill node computes request 1 of 64 tokens in four chunks once it is announced, and sends it slowly; a decode
-node announces it. Ends with its parent's standard input."""
+Prints its control address. A prefill node computes request 1 of 64 tokens in four chunks once it is announced, and sends it
+slowly; a decode node announces it. Ends with its parent's standard input."""
 
 from __future__ import annotations
 
