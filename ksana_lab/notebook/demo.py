@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-dir", type=Path, default=None, metavar="DIR", help="a checkpoint; default: a tiny one made in .cache/")
     options = parser.parse_args(arguments)
     log.setup("demo", level="WARNING")
-    logging.captureWarnings(True)
+    logging.getLogger(loadgen.__name__).setLevel("ERROR")  # what it warns of is printed below the table
     matplotlib.use("agg")  # a demo on a server has no screen
     try:
         options.out.mkdir(parents=True, exist_ok=True)

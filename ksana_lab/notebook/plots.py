@@ -64,8 +64,10 @@ def gantt(frame: pd.DataFrame, *, max_requests: int = 40, title: str | None = No
 
 
 def comparison(frame: pd.DataFrame, *, by: str = "system", max_requests: int = 30) -> Figure:
-    """Two systems on the same requests: TTFT and TPOT as CDFs above, a Gantt of the first requests of each below on one time axis."""
+    """Systems on the same requests: TTFT and TPOT as CDFs above; below, on one time axis, the requests that came closest together."""
     names = list(dict.fromkeys(frame[by]))
+    sent = {name: frame[frame[by] == name].sort_values("sent_s", ignore_index=True) for name in names}
+    first = _busiest(sent[names[0]]["sent_s"].to_numpy(), max_requests)
     with plt.rc_context(_RC):
         figure = plt.figure(figsize=(9.0, 7.0), layout="constrained")
         grid = figure.add_gridspec(2, 2 * len(names), height_ratios=(1, 1.35))
@@ -78,11 +80,18 @@ def comparison(frame: pd.DataFrame, *, by: str = "system", max_requests: int = 3
         below: list[Axes] = []
         for i, name in enumerate(names):
             panel = figure.add_subplot(grid[1, 2 * i : 2 * i + 2], sharex=below[0] if below else None)
-            seen += [p for p in draw_gantt(panel, frame[frame[by] == name], max_requests) if p not in seen]
-            panel.set_title(f"{name}: first {min(max_requests, int((frame[by] == name).sum()))} requests")
+            seen += [p for p in draw_gantt(panel, sent[name].iloc[first : first + max_requests], max_requests, first) if p not in seen]
+            panel.set_title(name)
             below.append(panel)
         figure.legend(handles=_phase_patches(seen), loc="outside lower center", ncols=len(seen))
     return _done(figure)
+
+
+def _busiest(times: np.ndarray, count: int) -> int:
+    """Where the ``count`` consecutive times that lie closest together begin."""
+    if len(times) <= count:
+        return 0
+    return int(np.argmin(times[count - 1 :] - times[: len(times) - count + 1]))
 
 
 def save(figure: Figure, path: str | Path, frame: pd.DataFrame | None = None) -> list[Path]:
@@ -113,12 +122,12 @@ def draw_cdf(axes: Axes, frame: pd.DataFrame, metric: str, by: str) -> None:
     axes.set_xlim(left=0)
 
 
-def draw_gantt(axes: Axes, frame: pd.DataFrame, max_requests: int) -> list[str]:
-    """Draws and returns the names of the phases that occurred."""
+def draw_gantt(axes: Axes, frame: pd.DataFrame, max_requests: int, first_number: int = 0) -> list[str]:
+    """Draws one bar per row, numbered from ``first_number``, and returns the names of the phases that occurred."""
     rows = frame.sort_values("sent_s").head(max_requests)
     start = frame["sent_s"].min()
     seen: list[str] = []
-    for y, (_, row) in enumerate(rows.iterrows()):
+    for y, (_, row) in enumerate(rows.iterrows(), start=first_number):
         left = row["sent_s"] - start
         for phase, length in _segments(row):
             colour, hatch = PHASES[phase]
@@ -127,7 +136,7 @@ def draw_gantt(axes: Axes, frame: pd.DataFrame, max_requests: int) -> list[str]:
             seen += [] if phase in seen else [phase]
         if pd.notna(row.get("error")):
             axes.plot(max(left, row["sent_s"] - start), y, marker="x", color=OKABE_ITO[1], markersize=5)
-    axes.set(xlabel="time since the first request (s)", ylabel="request", ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlabel="time since the first of them (s)", ylabel="request", ylim=(first_number + len(rows) - 0.4, first_number - 0.6))
     return [phase for phase in PHASES if phase in seen]
 
 
