@@ -306,7 +306,7 @@ class Exchange:
         except Failure as failure:
             self._side_failed(leg, failure)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            is_retryable = not (self._decode_head.done() or self._prefill_head.done() or self.client.is_started)
+            is_retryable = all(leg.response is None for leg in (self._prefill, self._decode) if leg is not None)
             self._side_failed(leg, leg.failure(502, "node_unreachable", f"cannot connect: {_reason(error)}", is_retryable=is_retryable))
         except ObjectTooLarge as error:
             self._side_failed(leg, leg.failure(502, "node_failed", f"sent {error}"))
