@@ -97,6 +97,7 @@ class _Loop:
         self._is_stopping = False
         self._refused: list[SequenceUpdate] = []
         self._next_status_ns = 0
+        self._was_idle = True
         self._poller = zmq.Poller()
         self._poller.register(channel.socket, zmq.POLLIN)
         for pollable in engine.pollables:
@@ -141,10 +142,12 @@ class _Loop:
             self._channel.send(StepUpdates(updates, scheduler.num_waiting, scheduler.num_running))
 
     def _send_status(self) -> None:
-        now_ns = time.monotonic_ns()
-        if now_ns >= self._next_status_ns and not self._engine.is_idle:
+        """Once a second while there is work, and once when it has run out: with the outcome of the self-check."""
+        now_ns, is_idle = time.monotonic_ns(), self._engine.is_idle
+        if (now_ns >= self._next_status_ns and not is_idle) or (is_idle and not self._was_idle):
             self._next_status_ns = now_ns + _STATUS_INTERVAL_NS
             self._channel.send(self._engine.status())
+        self._was_idle = is_idle
 
     def _wait_ms(self) -> int:
         """Rounded up, so that a deadline is past when the wait is over."""
