@@ -20,8 +20,6 @@ from typing import cast
 
 import orjson
 
-from ksana_lab.workload.event_loop import new_event_loop
-
 
 @dataclass
 class StubTiming:
@@ -70,7 +68,7 @@ class _Connection(asyncio.Protocol):
         self.timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
+        self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.timer is not None:
@@ -159,7 +157,7 @@ def main() -> None:
         server.close()
 
     with contextlib.suppress(KeyboardInterrupt):
-        new_event_loop().run_until_complete(serve())
+        asyncio.run(serve())  # not uvloop: it gathers writes to the end of a turn, after the time that was noted
     if options.timings is not None:
         options.timings.write_bytes(orjson.dumps(stub.timings))
 
