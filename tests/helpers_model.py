@@ -21,6 +21,12 @@ def new_cache(layout: KVLayout, *, device: torch.device | str = "cpu", fill: flo
     return list(cache.unbind(1 if layout.order == "block_major" else 0))
 
 
+def blas_sums_rows_alike() -> bool:
+    """Whether a row of a product is bitwise the same in a batch of 8 and of 64, as the CPU path relies on."""
+    a, b = torch.randn(64, 512), torch.randn(512, 64)
+    return torch.equal((a @ b)[:8], a[:8] @ b) and torch.equal((a @ b)[:4], a[:4] @ b)
+
+
 @dataclass
 class PagedSequence:
     """Tokens whose KV exists (``num_computed``) and where (``block_table``)."""

@@ -4,8 +4,9 @@ Decodes are vectorised in groups of similar length; prefill chunks run one seque
 
 On a CPU a token's result is bitwise the same however its sequence is cut into chunks, whatever else is in the batch, and whether it came
 as a decode or in a prefill: a disaggregated pair then equals a mixed node, and recomputation the first computation, even where two
-tokens are nearly equally likely. What it takes: tiles lie at fixed positions, and BLAS must always sum in one order. Measured with MKL on
-AVX-512, it sums in another one for fewer than four rows, and over 256 or 320 keys of the 512 that torch's kernel takes at a time.
+tokens are nearly equally likely. What it takes is that BLAS sums in one order. It sums in another one for fewer than four rows, and the
+order over keys depends on how many of the 512 that torch's kernel takes at a time are there. So there are always rows enough, tiles lie
+at fixed positions, and a token's position alone decides how many keys its last 512 hold; whole 512s of padding add exact zeros.
 
 A *row* is one head's keys (or values) in one block, [block_size, head_dim]: the smallest contiguous piece of the cache, and the unit of
 gathering. Reading rows by number costs one copy and leaves keys contiguous as [kv_heads, tokens, head_dim]."""
@@ -24,8 +25,7 @@ from ksana_lab.attention.base import AttentionMetadata
 _TILE = 128  # query positions per call; a tile starts at a multiple of it
 _QUERY_ROWS = 8  # a tile's queries are padded to a multiple of this: the kernel takes 32 at a time, and no rest may fall below 4
 _DECODE_ROWS = 4
-_KEY_EXTENTS = (128, 384, 512)  # a kernel sees keys up to one of these, plus a multiple of 512
-_SMALLEST_GROUP_BLOCKS = 8  # decodes of up to this many blocks share a group: padding them is cheaper than another call
+_KERNEL_KEYS = 512
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _attend_chunk(q: Tensor, rows: Tensor, kv_heads: int, chunk: _PrefillChunk, 
         padding = -count % _QUERY_ROWS
         queries = F.pad(q[token : token + count].transpose(0, 1), (0, 0, 0, padding)).unsqueeze(0)
         first_row = position - tile_start
-        first_column = causal.shape[1] - _TILE - tile_end
+        first_column = causal.shape[1] - _KERNEL_KEYS - tile_end
         mask = causal[first_row : first_row + count + padding, first_column : first_column + num_keys]
         keys, values = pages[:, :, :, :num_keys]
         result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=queries.shape[1] != kv_heads)
@@ -142,18 +142,18 @@ def _make_plan(meta: AttentionMetadata, kv_layer: Tensor, dtype: torch.dtype) ->
     prefills = _prefill_chunks(meta, kv_layer)
     return _Plan(
         num_tokens=sum(meta.query_lens),
-        decodes=[_decode_group(members, meta, kv_layer, dtype) for members in _similar_lengths(meta, kv_layer.shape[3])],
+        decodes=[_decode_group(members, meta, kv_layer, dtype) for members in _similar_lengths(meta)],
         prefills=prefills,
         causal=_causal_mask(max((chunk.num_keys for chunk in prefills), default=0), dtype, kv_layer.device),
     )
 
 
-def _similar_lengths(meta: AttentionMetadata, block_size: int) -> list[list[int]]:
-    """Decodes by power of two of their number of blocks: padding at most doubles the work."""
+def _similar_lengths(meta: AttentionMetadata) -> list[list[int]]:
+    """Decodes that may see the same number of keys: of one extent up to _KERNEL_KEYS, of one power of two beyond."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, length in enumerate(meta.context_lens[: meta.num_decodes]):
-        num_blocks = -(-length // block_size)
-        groups[max(_SMALLEST_GROUP_BLOCKS - 1, num_blocks - 1).bit_length()].append(i)
+        extent = _key_extent(length)
+        groups[extent if extent <= _KERNEL_KEYS else _KERNEL_KEYS << (extent // _KERNEL_KEYS - 1).bit_length()].append(i)
     return list(groups.values())
 
 
@@ -203,18 +203,19 @@ def _token_numbers(places: Tensor, n: int, kv_heads: int, width: int) -> Tensor:
 
 
 def _causal_mask(longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[_TILE + _QUERY_ROWS, ?]: zeros, then a triangle of _TILE columns, then _TILE columns of -inf. Of the tile whose keys end at ``e``,
-    the mask starts ``e`` columns left of the triangle's end."""
+    """[_TILE + _QUERY_ROWS, ?]: zeros, then a triangle of _TILE columns, then _KERNEL_KEYS columns of -inf. The mask of the tile that ends
+    at position ``e`` starts ``e`` columns left of the triangle's end."""
     if longest == 0:
         return torch.empty(0, 0, dtype=dtype, device=device)
     before = -(-longest // _TILE) * _TILE - _TILE
-    mask = torch.zeros(_TILE + _QUERY_ROWS, before + 2 * _TILE, dtype=dtype, device=device)
-    row, column = torch.arange(_TILE + _QUERY_ROWS, device=device), torch.arange(2 * _TILE, device=device)
+    width = _TILE + _KERNEL_KEYS
+    mask = torch.zeros(_TILE + _QUERY_ROWS, before + width, dtype=dtype, device=device)
+    row, column = torch.arange(_TILE + _QUERY_ROWS, device=device), torch.arange(width, device=device)
     mask[:, before:].masked_fill_((column > row[:, None]) | (column >= _TILE), float("-inf"))
     return mask
 
 
 def _key_extent(num_keys: int) -> int:
-    """The smallest extent that holds ``num_keys``."""
-    whole, rest = num_keys // _KEY_EXTENTS[-1], num_keys % _KEY_EXTENTS[-1]
-    return whole * _KEY_EXTENTS[-1] + (next(extent for extent in _KEY_EXTENTS if extent >= rest) if rest else 0)
+    """How many keys a kernel is shown to see ``num_keys``."""
+    step = _TILE if num_keys <= _KERNEL_KEYS else _KERNEL_KEYS
+    return -(-num_keys // step) * step

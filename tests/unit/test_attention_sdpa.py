@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_model import PagedSequence, make_metadata, new_cache
+from helpers_model import PagedSequence, blas_sums_rows_alike, make_metadata, new_cache
 
 from ksana_lab.attention.base import load_backend
 from ksana_lab.core.kv_layout import KVLayout
@@ -66,11 +66,6 @@ def test_slot_minus_one_is_not_stored():
     BACKEND.store(torch.ones(3, 1, 2), torch.full((3, 1, 2), 2.0), layer, torch.tensor([5, -1, 0]))
     assert layer[:, 0, 0, :, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
     assert layer[:, 1, 0, :, 0].tolist() == [[2, 0, 0, 0], [0, 2, 0, 0]]
-
-
-def blas_sums_rows_alike() -> bool:
-    a, b = torch.randn(64, 512), torch.randn(512, 64)
-    return torch.equal((a @ b)[:8], a[:8] @ b) and torch.equal((a @ b)[:4], a[:4] @ b)
 
 
 needs_steady_blas = pytest.mark.skipif(not blas_sums_rows_alike(), reason="this CPU's BLAS sums in an order that depends on the batch")
