@@ -54,8 +54,10 @@ class Story:
         return getattr(self.pair.engines[role].scheduler, name)
 
     def end(self):
-        engines = self.pair.engines.values()
-        self.until(lambda: all(engine.is_idle for engine in engines), "prefill", "decode")
+        engines = self.pair.engines
+        for role in engines:
+            self.turn(role)  # hears of the abort
+        self.until(lambda: all(engine.is_idle for engine in engines.values()), "prefill", "decode")
         assert self.pair.leaks() == {"prefill": 0, "decode": 0}
         assert self.pair.generate([PROMPT], SHORT) == [oracle_greedy("qwen3", tuple(PROMPT), 4)]
 

@@ -157,12 +157,25 @@ def test_refusals_say_why(node):
 
 def test_status_comes_by_itself_while_work_goes_on(node):
     node.statuses.clear()
-    node.add("busy", [5] * 20)
+    names = iter(f"busy{i}" for i in range(1000))
+    name = next(names)
+    node.add(name, [5] * 20)
     while not any(status.token == -1 and status.num_running for status in node.statuses):
+        if any(update.request_id == name and update.finish for update in node.updates):
+            name = next(names)
+            node.add(name, [5] * 20)
         node.receive()
-    node.send(AbortRequest("busy"))
-    node.finish_of("busy")
+    node.send(AbortRequest(name))
     assert_clean(node, 4)
+
+
+def test_the_outcome_of_the_self_check_comes_when_work_runs_out(node):
+    node.statuses.clear()
+    node.add("brief", [5] * 20, SamplingParams(max_tokens=1, temperature=0.0))
+    node.finish_of("brief")
+    while not any(status.token == -1 and not status.num_running for status in node.statuses):
+        node.receive()
+    assert node.statuses[-1].num_leaked_blocks == 0
 
 
 @pytest.mark.parametrize("how", ["message", "SIGTERM"])
