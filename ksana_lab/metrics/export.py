@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def _row(record: RequestRecord, columns: dict[str, Any]) -> dict[str, Any]:
     }
     row.update({name: function(record) for name, function in latency.PER_REQUEST.items()})
     return row | record.labels | columns
+
+
+def summary_row(summary: Summary, **columns: Any) -> dict[str, Any]:
+    """A run as one row of a tidy table: counts, throughputs, ``<metric>_<statistic>`` in seconds, goodput and attainment, ``columns``.
+
+    What the sweep plots read; ``pd.DataFrame([summary_row(...), ...])`` has a row per run."""
+    row = {f.name: value for f in fields(summary) if isinstance(value := getattr(summary, f.name), (int, float))}
+    for f in fields(summary):
+        values = getattr(summary, f.name)
+        if isinstance(values, Distribution):
+            row |= {f"{f.name}_{statistic}": getattr(values, statistic) for statistic in ("mean", "p50", "p90", "p95", "p99")}
+    return row | columns
 
 
 def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:

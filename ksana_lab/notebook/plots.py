@@ -1,4 +1,7 @@
-"""Figures: a DataFrame in (metrics.export.to_frame), a matplotlib Figure out. Knows nothing of how the numbers came about.
+"""Figures: a DataFrame in, a matplotlib Figure out. Knows nothing of how the numbers came about.
+
+Two kinds of frame: one row per request (``metrics.export.to_frame``) for CDFs and Gantts, one row per run (``summary_row``) for everything
+against a rate, a split, a length. Rows that agree on all but the seed are repeats: their mean is drawn, with a 95% interval.
 
 Readable in print and for the colour-blind: Okabe and Ito's colours, and never colour alone (line styles, markers, hatches, words).
 A figure is closed towards pyplot when it is returned, so a notebook shows it once; ``save`` writes PNG, PDF and CSV."""
@@ -16,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ksana_lab.metrics.summary import SLO, confidence_interval
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 
@@ -28,6 +33,8 @@ PHASES = {
     "to first token": ("#BBBBBB", ""),
     "decode": ("#56B4E9", ""),
 }
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 _RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -94,6 +101,115 @@ def _busiest(times: np.ndarray, count: int) -> int:
     return int(np.argmin(times[count - 1 :] - times[: len(times) - count + 1]))
 
 
+def latency_vs_rate(runs: pd.DataFrame, *, metric: str = "ttft_s_p90", by: str = "system", slo_s: float | None = None) -> Figure:
+    """One curve per value of ``by``: a latency percentile against the offered ``rate``; the SLO as a line."""
+    figure, axes = _single()
+    draw_curves(axes, runs, "rate", metric, by, scale=1e3)
+    if slo_s is not None:
+        axes.axhline(slo_s * 1e3, color="#000000", linewidth=0.8, linestyle=":")
+        axes.annotate("SLO", (1.0, slo_s * 1e3), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.set(xlabel="offered rate (requests/s)", ylabel=f"{_statistic(metric)} (ms)")
+    axes.set_ylim(bottom=0)
+    return _finished(figure, axes)
+
+
+def attainment_vs_rate(runs: pd.DataFrame, *, by: str = "system", target: float = 0.9) -> Figure:
+    """Share of requests that met the SLO against the offered rate; the target as a line."""
+    figure, axes = _single()
+    draw_curves(axes, runs, "rate", "slo_attainment", by)
+    _target_line(axes, target)
+    axes.set(xlabel="offered rate (requests/s)", ylabel="SLO attainment", ylim=(0, 1.02))
+    return _finished(figure, axes)
+
+
+def attainment_vs_slo_scale(
+    requests: pd.DataFrame, slo: SLO, scales: Sequence[float], *, by: str = "system", target: float = 0.9
+) -> Figure:
+    """From one row per request: attainment if every bound were ``scale`` times as wide, as DistServe draws it. ``itl_s`` is not in such a
+    frame: raises ValueError for an SLO that bounds it."""
+    bounds = {name: bound for name, bound in vars(slo).items() if bound is not None}
+    if "itl_s" in bounds:
+        raise ValueError("an SLO with itl_s needs the records (summary.slo_attainment), not a frame of requests")
+    rows = requests[~requests["is_cancelled"]] if "is_cancelled" in requests else requests
+    points = []
+    for name, group in rows.groupby(by, sort=False):
+        for scale in scales:
+            met = group["is_ok"].astype(bool)
+            for metric, bound in bounds.items():
+                met &= ~(group[metric] > bound * scale)  # a metric that a request cannot have does not break its bound
+            points.append({by: name, "scale": scale, "slo_attainment": met.mean()})
+    figure, axes = _single()
+    draw_curves(axes, pd.DataFrame(points), "scale", "slo_attainment", by)
+    _target_line(axes, target)
+    axes.set(xlabel="SLO scale", ylabel="SLO attainment", ylim=(0, 1.02))
+    return _finished(figure, axes)
+
+
+def goodput_by_split(runs: pd.DataFrame, *, split: str = "split", value: str = "goodput_rps_per_gpu") -> Figure:
+    """One bar per split (1P3D, 2P2D, …, aggregated), mean of the repeats with its interval."""
+    figure, axes = _single()
+    for i, (_, rows) in enumerate(runs.groupby(split, sort=False)):
+        interval = confidence_interval(rows[value].dropna().tolist())
+        error = None if np.isnan(interval.half_width) else interval.half_width
+        axes.bar(i, interval.mean, yerr=error, color=OKABE_ITO[i % 7], hatch=_HATCHES[i % len(_HATCHES)], edgecolor="#333333", capsize=3)
+        axes.annotate(f"{interval.mean:.2f}", (i, interval.mean + (error or 0.0)), xytext=(0, 3), textcoords="offset points", ha="center")
+    axes.set_xticks(range(runs[split].nunique()), list(dict.fromkeys(runs[split].astype(str))))
+    axes.set(xlabel=split, ylabel="goodput per GPU (requests/s)" if value == "goodput_rps_per_gpu" else _words(value))
+    axes.grid(axis="x", visible=False)
+    return _done(figure)
+
+
+def pareto(runs: pd.DataFrame, *, by: str = "system", num_gpus: str = "num_gpus") -> Figure:
+    """Tokens per second and user (1 / TPOT p50) against output tokens per second and GPU; each system's frontier drawn through."""
+    frame = runs.assign(per_user=1.0 / runs["tpot_s_p50"], per_gpu=runs["output_throughput_tps"] / runs[num_gpus])
+    figure, axes = _single()
+    for i, (name, rows) in enumerate(frame.groupby(by, sort=False)):
+        axes.plot(rows["per_user"], rows["per_gpu"], linestyle="", marker=_MARKERS[i % 7], color=OKABE_ITO[i % 7], alpha=0.45)
+        edge = _frontier(rows)
+        axes.plot(
+            edge["per_user"], edge["per_gpu"], linestyle=_LINES[i % 7], marker=_MARKERS[i % 7], color=OKABE_ITO[i % 7], label=str(name)
+        )
+    axes.set(xlabel="tokens/s per user (1 / TPOT p50)", ylabel="output tokens/s per GPU")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    return _finished(figure, axes)
+
+
+def heat_map(runs: pd.DataFrame, *, x: str = "rate", y: str = "split", value: str = "slo_attainment") -> Figure:
+    """``value`` over two axes, written into every cell; repeats are averaged."""
+    grid = runs.pivot_table(index=y, columns=x, values=value, aggfunc="mean", sort=False).sort_index(axis=1)
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(figsize=(1.6 + 0.7 * grid.shape[1], 1.2 + 0.45 * grid.shape[0]), layout="constrained")
+        numbers = grid.to_numpy(dtype=float)
+        low = 0.0 if value == "slo_attainment" else float(np.nanmin(numbers))
+        high = float(np.nanmax(numbers))
+        shown = axes.imshow(numbers, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+        for (row, column), number in np.ndenumerate(numbers):
+            if not np.isnan(number):
+                axes.text(column, row, f"{number:.2f}", ha="center", va="center", color="black" if number > (low + high) / 2 else "white")
+        axes.set_xticks(range(grid.shape[1]), [f"{label:g}" if isinstance(label, float) else str(label) for label in grid.columns])
+        axes.set_yticks(range(grid.shape[0]), [str(label) for label in grid.index])
+        axes.set(xlabel="offered rate (requests/s)" if x == "rate" else _words(x), ylabel=_words(y))
+        axes.grid(visible=False)
+        figure.colorbar(shown, label=_words(value))
+    return _done(figure)
+
+
+def exposed_vs_prompt(requests: pd.DataFrame, *, by: str = "transfer_mode") -> Figure:
+    """KV transfer that prefill did not hide, against prompt length: one point per request, the median of each length drawn through."""
+    figure, axes = _single()
+    for i, (name, rows) in enumerate(requests.dropna(subset=["exposed_transfer_s"]).groupby(by, sort=False)):
+        colour, marker = OKABE_ITO[i % 7], _MARKERS[i % 7]
+        axes.plot(rows["num_prompt_tokens"], rows["exposed_transfer_s"] * 1e3, linestyle="", marker=marker, color=colour, alpha=0.3)
+        middle = rows.groupby("num_prompt_tokens")["exposed_transfer_s"].median() * 1e3
+        axes.plot(middle.index, middle, linestyle=_LINES[i % 7], color=colour, label=str(name))
+    axes.set(xlabel="prompt tokens", ylabel="exposed transfer (ms)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_ylim(bottom=0)
+    return _finished(figure, axes)
+
+
 def save(figure: Figure, path: str | Path, frame: pd.DataFrame | None = None) -> list[Path]:
     """``path`` without suffix -> path.png, path.pdf and, of ``frame``, path.csv. Returns what was written."""
     stem = Path(path)
@@ -120,6 +236,19 @@ def draw_cdf(axes: Axes, frame: pd.DataFrame, metric: str, by: str) -> None:
         axes.step(values, share, where="post", color=OKABE_ITO[i % 7], linestyle=_LINES[i % 7], linewidth=1.6, label=str(name))
     axes.set(xlabel=f"{_words(metric)} (ms)", ylabel="share of requests", ylim=(0, 1.02))
     axes.set_xlim(left=0)
+
+
+def draw_curves(axes: Axes, frame: pd.DataFrame, x: str, y: str, by: str, *, scale: float = 1.0) -> None:
+    """Mean of the repeats at each ``x`` with a 95% interval where there are several; one line style and marker per value of ``by``."""
+    for i, (name, rows) in enumerate(frame.groupby(by, sort=False)):
+        intervals = {at: confidence_interval((group[y].dropna() * scale).tolist()) for at, group in rows.groupby(x)}
+        means = [interval.mean for interval in intervals.values()]
+        errors = [0.0 if np.isnan(interval.half_width) else interval.half_width for interval in intervals.values()]
+        style: dict[str, Any] = {"linestyle": _LINES[i % 7], "marker": _MARKERS[i % 7], "color": OKABE_ITO[i % 7], "label": str(name)}
+        if any(errors):
+            axes.errorbar(list(intervals), means, yerr=errors, capsize=3, linewidth=1.4, markersize=5, **style)
+        else:
+            axes.plot(list(intervals), means, linewidth=1.4, markersize=5, **style)
 
 
 def draw_gantt(axes: Axes, frame: pd.DataFrame, max_requests: int, first_number: int = 0) -> list[str]:
@@ -154,9 +283,41 @@ def _segments(row: pd.Series) -> list[tuple[str, float]]:
     return [*ahead, ("decode", row["e2e_s"] - row["ttft_s"])]
 
 
+def _single() -> tuple[Figure, Axes]:
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    return figure, axes
+
+
+def _finished(figure: Figure, axes: Axes) -> Figure:
+    _legend_above(figure, axes)
+    return _done(figure)
+
+
+def _target_line(axes: Axes, target: float) -> None:
+    axes.axhline(target, color="#000000", linewidth=0.8, linestyle=":")
+    axes.annotate(f"{target:.0%}", (1.0, target), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+
+
+def _frontier(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs that no other run beats on both axes, from left to right."""
+    best, kept = -np.inf, []
+    for index, row in rows.sort_values(["per_user", "per_gpu"], ascending=False).iterrows():
+        if row["per_gpu"] > best:
+            best = row["per_gpu"]
+            kept.append(index)
+    return rows.loc[kept[::-1]]
+
+
+def _statistic(metric: str) -> str:
+    """ "ttft_s_p90" -> "time to first token, p90"."""
+    name, _, statistic = metric.rpartition("_")
+    return f"{_words(name)}, {statistic}"
+
+
 def _legend_above(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
 
 def _phase_patches(phases: Sequence[str]) -> list[Patch]:
@@ -170,6 +331,8 @@ def _words(metric: str) -> str:
         "itl_s": "inter-token latency",
         "e2e_s": "end-to-end latency",
         "first_gap_s": "first to second token",
+        "slo_attainment": "SLO attainment",
+        "goodput_rps": "goodput (requests/s)",
     }.get(metric, metric.removesuffix("_s").replace("_", " "))
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from ksana_lab.errors import ConfigError
-from ksana_lab.metrics.export import gaps_frame, load_records, save_records, to_frame, vllm_result, write_csv
+from ksana_lab.metrics.export import gaps_frame, load_records, save_records, summary_row, to_frame, vllm_result, write_csv
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import SLO, summarize
 
@@ -54,3 +54,10 @@ def test_vllm_result_has_vllms_keys_in_milliseconds():
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (1, 1, 3)
     assert result["errors"] == ["", "503: unavailable"]
     json.dumps(result, allow_nan=False)
+
+
+def test_summary_row_is_flat_and_names_its_units():
+    row = summary_row(summarize(records(), slo=SLO(ttft_s=1.0)), rate=4, seed=0)
+    assert row["ttft_s_p50"] == pytest.approx(0.5)
+    assert (row["slo_attainment"], row["num_failed"], row["rate"]) == (0.5, 1, 4)
+    assert all(isinstance(value, (int, float)) for value in row.values())

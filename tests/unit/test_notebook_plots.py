@@ -7,6 +7,7 @@ import pytest
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from ksana_lab.metrics.summary import SLO
 from ksana_lab.notebook import plots
 
 
@@ -49,3 +50,50 @@ def test_save_writes_picture_print_and_numbers(tmp_path):
     written = plots.save(plots.gantt(frame()), tmp_path / "deep" / "gantt", frame())
     assert [path.suffix for path in written] == [".png", ".pdf", ".csv"]
     assert all(path.stat().st_size > 100 for path in written)
+
+
+def runs(system="a", **columns) -> pd.DataFrame:
+    rows = [
+        {"system": system, "rate": rate, "ttft_s_p90": 0.1 * rate + 0.01 * repeat, "slo_attainment": 1.0 - 0.1 * rate}
+        | {"tpot_s_p50": 0.01 * rate, "output_throughput_tps": 100.0 * rate, "num_gpus": 2}
+        for rate in (1, 2, 4)
+        for repeat in range(3)
+    ]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_repeats_are_averaged_and_carry_an_interval():
+    axes = plots.latency_vs_rate(runs(), slo_s=0.3).axes[0]
+    bars = axes.containers[0]
+    assert list(bars.lines[0].get_ydata()) == pytest.approx([110.0, 210.0, 410.0])
+    assert bars.has_yerr
+    assert axes.get_ylabel() == "time to first token, p90 (ms)"
+
+
+def test_a_single_repeat_is_drawn_without_an_interval():
+    axes = plots.attainment_vs_rate(runs().drop_duplicates("rate")).axes[0]
+    assert not axes.containers
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.9, 0.8, 0.6])
+
+
+def test_a_wider_slo_is_met_by_more_requests():
+    axes = plots.attainment_vs_slo_scale(frame().assign(ttft_s=[0.1, 0.2, 0.3, 0.4]), SLO(ttft_s=0.2), [0.5, 1.0, 2.0]).axes[0]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.25, 0.5, 1.0])
+
+
+def test_the_frontier_leaves_out_what_another_run_beats():
+    rows = pd.DataFrame({"per_user": [1.0, 2.0, 3.0, 1.5], "per_gpu": [9.0, 8.0, 1.0, 2.0]})
+    assert plots._frontier(rows)["per_user"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_heat_map_writes_the_mean_of_the_repeats_into_each_cell():
+    texts = [text.get_text() for text in plots.heat_map(runs(split="1P1D")).axes[0].texts]
+    assert texts == ["0.90", "0.80", "0.60"]
+
+
+def test_goodput_bars_and_pareto_and_exposed_transfer_are_drawn():
+    bars = plots.goodput_by_split(runs(split="1P1D", goodput_rps_per_gpu=2.5)).axes[0].patches
+    assert bars[0].get_height() == pytest.approx(2.5)
+    assert plots.pareto(runs()).axes[0].get_xlabel().startswith("tokens/s per user")
+    requests = frame(exposed_transfer_s=0.002, num_prompt_tokens=128, transfer_mode="layer")
+    assert plots.exposed_vs_prompt(requests).axes[0].lines[1].get_ydata() == pytest.approx([2.0])
