@@ -167,7 +167,11 @@ class GeneratingRoute:
             self._service.metrics.on_request_done(outcome)
 
     async def _serve(self, ctx: RequestContext, receive: Receive, response: Response) -> None:
-        body = await read_body(receive)
+        try:
+            body = await read_body(receive)
+        except RequestError as error:
+            self._service.decline(ctx, 1, error)
+            raise
         watch = DisconnectWatch(receive)
         try:
             await self._endpoint.handle(ctx, body, response, watch)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 LIVENESS_PERIOD_S = 0.1  # a process's death can only be asked for
 PROBE_PERIOD_S = 1.0  # of GetStatus, so that /health and heartbeats know a recent state
 NEWS_GRACE_S = 5.0  # the engine times requests out by itself; this much later the API process does
-_MAX_DYING = 1 << 14
+_MAX_DYING = 4096
 
 
 @dataclass
@@ -222,6 +222,13 @@ class EngineClient:
         stream.close(reason)
         self._streams.discard(stream)
 
+    def decline(self, requests: Sequence[AddRequest], reason: str) -> None:
+        """Have the engine tell the peers of ``requests`` that they will not run: it takes and ends them before its next step."""
+        for request in requests:
+            self._send_or_note(request)
+            self._note_dying(request.request_id)
+            self._send_or_note(AbortRequest(request.request_id, reason))
+
     def fail_requests(self, error: RequestError) -> None:
         """Every request in flight ends with ``error``."""
         for stream in list(self._streams):
@@ -229,9 +236,13 @@ class EngineClient:
 
     def _abort(self, request_id: str, reason: str) -> None:
         self._forget(request_id)
-        if len(self._dying) < _MAX_DYING:
-            self._dying[request_id] = None
+        self._note_dying(request_id)
         self._send_or_note(AbortRequest(request_id, reason))
+
+    def _note_dying(self, request_id: str) -> None:
+        if len(self._dying) >= _MAX_DYING:  # the engine owes no last news of those that ended with a stop string
+            del self._dying[next(iter(self._dying))]
+        self._dying[request_id] = None
 
     def _forget(self, request_id: str) -> _Entry | None:
         entry = self._entries.pop(request_id, None)

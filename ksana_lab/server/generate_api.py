@@ -30,7 +30,8 @@ class GenerateEndpoint:
         if request.debug_mode:
             log.info("request %s: %d prompt tokens, %s", ctx.request_id, len(prompt), request.config)
         options = TextOptions(skip_special_tokens=self._service.config.tokenizer.skip_special_tokens)
-        with self._service.begin(ctx, [prompt], request.config.sampling, options) as generation:
+        num_samples = request.config.num_return_sequences or 1
+        with self._service.begin(ctx, [prompt], num_samples, request.config.sampling, options) as generation:
             watch.watch(generation)
             answer = _Cumulative(generation, GenerateAnswer(len(generation.sequences), prompt), request.config.logprobs or 0)
             if request.is_stream:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from ksana_lab.config.engine import EngineConfig
+from ksana_lab.core.scheduler import STOPPED_BY_CALLER
 from ksana_lab.errors import InvalidRequest, PromptTooLong, RequestAborted, RequestError, request_error
 from ksana_lab.protocol.engine import AddRequest, EngineReady, SequenceUpdate
-from ksana_lab.server.context import RequestContext
+from ksana_lab.server.context import Leg, RequestContext
 from ksana_lab.server.engine_client import EngineClient, RequestStream
 from ksana_lab.server.metrics import ServerMetrics
 from ksana_lab.server.tokenizing import TextStream, Tokenizer
@@ -178,7 +179,7 @@ class Generation:
             self._num_open -= 1
             if update.finish is None:  # a stop string, which the engine does not know of
                 assert self._stream is not None
-                self._stream.abort(sequence.request_id, "stop string")
+                self._stream.abort(sequence.request_id, STOPPED_BY_CALLER)
             self._on_sequence_finished(sequence, update)
         return delta
 
@@ -246,10 +247,34 @@ class GenerationService:
         self.config, self.engine, self.tokenizer = config, engine, tokenizer
         self.metrics, self.recorder = metrics, recorder
 
-    def begin(self, ctx: RequestContext, prompts: Sequence[list[int]], make_sampling: MakeSampling, options: TextOptions) -> Generation:
-        """Check, expand ``n`` (sample i of a prompt has seed + i) and submit.
+    def begin(
+        self, ctx: RequestContext, prompts: Sequence[list[int]], num_samples: int, make_sampling: MakeSampling, options: TextOptions
+    ) -> Generation:
+        """Check, expand ``n`` (sample i of a prompt has seed + i) and submit. ``num_samples``: the ``n`` that was asked for.
 
-        Raises InvalidRequest, PromptTooLong, QueueFull, ServiceUnavailable."""
+        Raises InvalidRequest, PromptTooLong, QueueFull, ServiceUnavailable; the peer of a pair is told of all but the first."""
+        try:
+            return self._begin(ctx, prompts, make_sampling, options)
+        except RequestError as error:
+            self.decline(ctx, len(prompts) * num_samples, error)
+            raise
+
+    def decline(self, ctx: RequestContext, num_sequences: int, error: RequestError) -> None:
+        """Tell the other node of a pair that this one does not take its part, lest it keep blocks for it until the lease ends.
+
+        What is wrong with the request itself the other node sees too."""
+        if ctx.leg is Leg.WHOLE or type(error) is InvalidRequest:
+            return
+        base, sampling = self.engine.free_id(ctx.request_id), SamplingParams(max_tokens=1)
+        self.engine.decline(
+            [
+                AddRequest(f"{base}:{i}", [0], sampling, ctx.arrival_ns, (), ctx.transfer_key(i))
+                for i in range(max(1, min(num_sequences, MAX_SEQUENCES)))
+            ],
+            str(error),
+        )
+
+    def _begin(self, ctx: RequestContext, prompts: Sequence[list[int]], make_sampling: MakeSampling, options: TextOptions) -> Generation:
         ready = self.engine.check_admission()
         samplings = [make_sampling(self._room(ready, ctx, prompt)) for prompt in prompts]
         if sum(s.n for s in samplings) > MAX_SEQUENCES:

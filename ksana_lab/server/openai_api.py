@@ -44,49 +44,65 @@ class Shape:
     prompt_ids_in_choice: bool
 
 
-class CompletionEndpoint:
-    """POST /v1/completions."""
+class _OpenAIEndpoint:
+    """What the two routes share: begin, answer, errors."""
 
     def __init__(self, service: GenerationService, model_name: str) -> None:
         self._service, self._model_name = service, model_name
-        self._reader = completion_reader()
 
-    async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
-        request = self._reader.read(body)
-        prompts = [await self._prompt(request, prompt) for prompt in request.prompts()]
-        with self._service.begin(
-            ctx, [p.token_ids for p in prompts], request.sampling, _text_options(request, self._service)
-        ) as generation:
+    async def _answer(
+        self,
+        ctx: RequestContext,
+        request: CompletionBody | ChatBody,
+        prompts: list[Prompt],
+        shape: Shape,
+        response: Response,
+        watch: DisconnectWatch,
+    ) -> None:
+        service, ids = self._service, [p.token_ids for p in prompts]
+        with service.begin(ctx, ids, request.n or 1, request.sampling, _text_options(request, service)) as generation:
             watch.watch(generation)
-            await answer(generation, request, prompts, COMPLETION, request.model or self._model_name, self._service.tokenizer, response)
+            writer = _AnswerWriter(generation, request, prompts, shape, request.model or self._model_name, service.tokenizer)
+            await (_stream if request.stream else _complete)(generation, writer, response)
 
-    async def _prompt(self, request: CompletionBody, prompt: str | list[int]) -> Prompt:
-        tokenizer = self._service.tokenizer
-        if isinstance(prompt, list):
-            return Prompt(prompt, tokenizer.decode(prompt) if request.echo else "")
-        default = self._service.config.tokenizer.add_special_tokens
-        special = default if request.add_special_tokens is None else request.add_special_tokens
-        return Prompt(await tokenizer.encode_async(prompt, add_special_tokens=special), prompt if request.echo else "")
-
-    error_body = staticmethod(error_json)
+    def error_body(self, error: RequestError) -> bytes:
+        return error_json(error)
 
     def error_event(self, error: RequestError) -> bytes:
         return b"data: " + error_json(error) + b"\n\n"
 
 
-class ChatEndpoint:
+class CompletionEndpoint(_OpenAIEndpoint):
+    """POST /v1/completions."""
+
+    def __init__(self, service: GenerationService, model_name: str) -> None:
+        super().__init__(service, model_name)
+        self._reader = completion_reader()
+
+    async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
+        request = self._reader.read(body)
+        prompts = [await self._prompt(request, prompt) for prompt in request.prompts()]
+        await self._answer(ctx, request, prompts, COMPLETION, response, watch)
+
+    async def _prompt(self, request: CompletionBody, prompt: str | list[int]) -> Prompt:
+        tokenizer = self._service.tokenizer
+        if isinstance(prompt, list):
+            return Prompt(prompt, _echo_of(prompt, tokenizer) if request.echo else "")
+        default = self._service.config.tokenizer.add_special_tokens
+        special = default if request.add_special_tokens is None else request.add_special_tokens
+        return Prompt(await tokenizer.encode_async(prompt, add_special_tokens=special), prompt if request.echo else "")
+
+
+class ChatEndpoint(_OpenAIEndpoint):
     """POST /v1/chat/completions."""
 
     def __init__(self, service: GenerationService, model_name: str) -> None:
-        self._service, self._model_name = service, model_name
+        super().__init__(service, model_name)
         self._reader = chat_reader()
 
     async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
         request = self._reader.read(body)
-        prompts = [await self._prompt(request)]
-        with self._service.begin(ctx, [prompts[0].token_ids], request.sampling, _text_options(request, self._service)) as generation:
-            watch.watch(generation)
-            await answer(generation, request, prompts, CHAT, request.model or self._model_name, self._service.tokenizer, response)
+        await self._answer(ctx, request, [await self._prompt(request)], CHAT, response, watch)
 
     async def _prompt(self, request: ChatBody) -> Prompt:
         variables = request.chat_template_kwargs or {}
@@ -97,10 +113,12 @@ class ChatEndpoint:
         )
         return Prompt(await self._service.tokenizer.encode_async(text, add_special_tokens=bool(request.add_special_tokens)))
 
-    error_body = staticmethod(error_json)
 
-    def error_event(self, error: RequestError) -> bytes:
-        return b"data: " + error_json(error) + b"\n\n"
+def _echo_of(prompt: list[int], tokenizer: Tokenizer) -> str:
+    try:
+        return tokenizer.decode(prompt)
+    except OverflowError as error:
+        raise InvalidRequest("the prompt has token ids that no vocabulary holds", "prompt") from error
 
 
 def _text_options(request: CompletionBody | ChatBody, service: GenerationService) -> TextOptions:
@@ -111,22 +129,13 @@ def _text_options(request: CompletionBody | ChatBody, service: GenerationService
     )
 
 
-async def answer(
-    generation: Generation,
-    request: CompletionBody | ChatBody,
-    prompts: Sequence[Prompt],
-    shape: Shape,
-    model: str,
-    tokenizer: Tokenizer,
-    response: Response,
-) -> None:
-    """Run ``generation`` to its end and send its answer, streamed or whole. Raises RequestError."""
-    writer = _AnswerWriter(generation, request, prompts, shape, model, tokenizer)
-    if not request.stream:
-        while await generation.next():
-            pass
-        await response.json(writer.whole())
-        return
+async def _complete(generation: Generation, writer: _AnswerWriter, response: Response) -> None:
+    while await generation.next():
+        pass
+    await response.json(writer.whole())
+
+
+async def _stream(generation: Generation, writer: _AnswerWriter, response: Response) -> None:
     await response.start_stream(EVENT_STREAM)
     while deltas := await generation.next():
         await response.write(b"".join([writer.event(delta) for delta in deltas]))

@@ -200,3 +200,24 @@ async def test_headers_come_at_once_on_both_sides(nodes):
 async def test_prefill_answers_a_plain_request_with_its_one_token(nodes):
     response = await nodes[Role.PREFILL].client.post(COMPLETIONS, json={"prompt": [1], "max_tokens": 9}, headers=PAIR)
     assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 1
+
+
+async def test_a_node_that_refuses_its_part_has_its_engine_tell_the_peer(tmp_path):
+    options = {"connector": {"inference_addr": ("127.0.0.1", 2)}, "scheduler": {"max_num_waiting": 1}}
+    async with running_node(tmp_path, Role.DECODE, paused=True, **options) as node:
+        first = asyncio.create_task(node.client.post(COMPLETIONS, json={"prompt": [1], "max_tokens": 1}, headers=PAIR))
+        await node.engine.wait_for(AddRequest)
+        headers = {**PAIR, "kv-comm-request-id": "78"}
+        refused = await node.client.post(COMPLETIONS, json={"prompt": [1, 2, 3], "n": 2}, headers=headers)
+        assert refused.status_code == 429
+        declined = (await node.engine.wait_for(AddRequest, 3))[1:]
+        aborts = await node.engine.wait_for(AbortRequest, 2)
+        assert [d.transfer for d in declined] == [TransferKey(KEY, 78, 0), TransferKey(KEY, 78, 1)]
+        assert [a.request_id for a in aborts] == [d.request_id for d in declined]
+        node.engine.step()
+        assert (await first).status_code == 200
+
+
+async def test_a_bad_body_is_the_others_to_refuse_too(nodes):
+    response = await nodes[Role.DECODE].client.post(COMPLETIONS, json={"prompt": [1], "temperature": -1}, headers=PAIR)
+    assert response.status_code == 400 and not nodes[Role.DECODE].engine.of(AddRequest)

@@ -6,6 +6,7 @@ import pytest
 import pytest_asyncio
 from server_fakes import expected_tokens, running_node
 
+from ksana_lab.core.scheduler import STOPPED_BY_CALLER
 from ksana_lab.protocol.engine import AbortRequest, AddRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -139,7 +140,7 @@ async def test_a_stop_string_ends_the_sequence_in_the_engine(node):
     await node.engine.wait_for(AddRequest)
     node.engine.step(len(node.engine.script))
     (abort,) = await node.engine.wait_for(AbortRequest)
-    assert abort.reason == "stop string" and (await answer)["choices"][0]["text"] == "one "
+    assert abort.reason == STOPPED_BY_CALLER and (await answer)["choices"][0]["text"] == "one "
 
 
 async def test_stop_string_can_be_included_and_min_tokens_shields(node):
@@ -272,6 +273,7 @@ async def test_top_k_minus_one_is_off_and_null_is_the_default(node):
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
         (COMPLETIONS, {"prompt": [True]}, "prompt"),
         (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+        (COMPLETIONS, {"prompt": [-1], "echo": True}, "prompt"),
         (COMPLETIONS, {"prompt": [1], "max_tokens": "many"}, "max_tokens"),
         (COMPLETIONS, {"prompt": [1], "max_tokens": 0}, "max_tokens"),
         (COMPLETIONS, {"prompt": [1], "temperature": -1}, "temperature"),
