@@ -44,10 +44,10 @@ def sequence(seq_id: int, prompt: int | list[int], max_tokens: int = 8, *, arriv
 
 
 def scheduler(
-    num_blocks: int = 64, *, caching: bool = False, max_len: int = 1 << 20, role=Role.MIXED, connector=None, **options
+    num_blocks: int = 64, *, caching: bool = False, max_len: int = 1 << 20, vocab_size=None, role=Role.MIXED, connector=None, **options
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, BLOCK, enable_prefix_caching=caching)
-    return Scheduler(SchedulerOptions(**options), blocks, max_model_len=max_len, role=role, connector=connector)
+    return Scheduler(SchedulerOptions(**options), blocks, max_model_len=max_len, vocab_size=vocab_size, role=role, connector=connector)
 
 
 @dataclass

@@ -52,6 +52,7 @@ class Scheduler:
         blocks: BlockManager,
         *,
         max_model_len: int,
+        vocab_size: int | None = None,
         role: Role = Role.MIXED,
         connector: SchedulerConnector | None = None,
         events: EventSink | None = None,
@@ -61,6 +62,7 @@ class Scheduler:
         self.role = role
         self.connector = connector or NoTransfer()
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
+        self._vocab_size = vocab_size  # None: token ids are not checked
         self.max_num_seqs = min(options.max_num_seqs, options.max_num_batched_tokens)  # so that every decode runs in every step
         self._events = events if events is not None and events.enabled else None
 
@@ -123,6 +125,8 @@ class Scheduler:
             raise InvalidRequest(f"request id {seq.request_id!r} is in use")
         if not seq.prompt_token_ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
+        if self._vocab_size is not None and not 0 <= min(seq.prompt_token_ids) <= max(seq.prompt_token_ids) < self._vocab_size:
+            raise InvalidRequest(f"the prompt has token ids outside 0..{self._vocab_size - 1}, the model's vocabulary", param="prompt")
         if seq.num_prompt_tokens + 1 > self.max_model_len:
             raise PromptTooLong(
                 f"prompt of {seq.num_prompt_tokens} tokens leaves no room for an answer: both together have {self.max_model_len} tokens"

@@ -82,6 +82,7 @@ class Engine:
             config.scheduler,
             BlockManager(executor.layout.num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching),
             max_model_len=executor.worker.max_model_len,
+            vocab_size=self._model.vocab_size,
             role=config.connector.role,
             connector=self._transfer or NoTransfer(),
             events=self._recorder,

@@ -105,8 +105,9 @@ class SamplingTable:
         self._seed[row] = seed & 0xFFFFFFFFFFFFFFFF
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._num_prompt[row] = num_prompt_tokens
-        self._min_tokens[row] = params.min_tokens if masked_token_ids else 0
-        self._masked[row] = np.asarray(masked_token_ids, np.int64)
+        masked = np.asarray(masked_token_ids, np.int64)
+        self._masked[row] = masked = masked[(masked >= 0) & (masked < self.vocab_size)]
+        self._min_tokens[row] = params.min_tokens if masked.size else 0
         self._penalty[row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._is_filtered[row] = not is_greedy and (0 < params.top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0)
         self._is_penalized[row] = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0

@@ -127,6 +127,14 @@ def test_a_full_queue_is_refused_and_a_duplicate_id_too():
         sched.add(sequence(2, 0))
 
 
+def test_token_ids_beyond_the_vocabulary_are_refused():
+    sched = scheduler(vocab_size=10)
+    for bad in ([3, 10], [-1, 3]):
+        with pytest.raises(InvalidRequest, match=r"0\.\.9"):
+            sched.add(sequence(0, bad))
+    sched.add(sequence(0, [0, 9]))
+
+
 def test_waiting_longer_than_the_timeout_is_an_error_and_frees_everything():
     sched = scheduler(num_blocks=4, waiting_timeout_s=2.0)
     work = FakeWorkers(sched)

@@ -13,7 +13,7 @@ def table(*params, tokens=(), num_prompt=None):
     made = SamplingTable(len(params), VOCAB, torch.device("cpu"))
     for row, param in enumerate(params):
         num = len(tokens) if num_prompt is None else num_prompt
-        made.set_row(row, param, param.seed or 0, list(tokens), num, [1, 2] if param.min_tokens else [])
+        made.set_row(row, param, param.seed or 0, list(tokens), num, [1, 2, VOCAB + 5] if param.min_tokens else [])
     return made
 
 
