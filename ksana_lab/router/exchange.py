@@ -338,9 +338,11 @@ class Exchange:
         leg.wait()
         if response.status >= 300:
             body = await response.read()
-            raise leg.failure(
-                response.status, "node_error", f"answered {response.status}", reply=(_client_headers(response, is_stream=False), body)
-            )
+            failure = leg.failure(response.status, "node_error", f"answered {response.status}")
+            failure.reply = (_client_headers(response, is_stream=False), body)
+            if response.status < 500:
+                failure.outcome = "rejected"  # the request's fault, or there are too many
+            raise failure
         return response
 
     async def _hold(self, leg: Leg, future: asyncio.Future[Any]) -> Any:

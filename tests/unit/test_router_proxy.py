@@ -186,6 +186,7 @@ async def test_an_error_answer_of_one_side_is_returned_and_ends_the_other(bad_si
         bad, good = (p, d) if bad_side == "prefill" else (d, p)
         assert response.headers["x-ksana-lab-failed-node"] == f"{bad_side} {bad.addr}"
         await wait_for(good.gone.wait(), BOUND_S)
+        assert 'outcome="rejected"' in await (await router.session.get(router.url + "/metrics")).text()
         assert_idle(router)
 
 
