@@ -171,8 +171,7 @@ class ChildProcess:
         self._popen.send_signal(sig)
         if sig == signal.SIGKILL:
             self._popen.wait(10)
-            _, survivors = psutil.wait_procs(family, timeout=5)  # they die with their parent
-            self._kill_family(survivors)
+            self._kill_family(_wait_for_all(family, 5.0))  # they die with their parent
 
     def _kill_family(self, family: list[psutil.Process]) -> None:
         assert self._popen is not None
@@ -180,15 +179,14 @@ class ChildProcess:
             os.killpg(self._popen.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # the whole group is gone already, which is what was wanted
-        _, survivors = psutil.wait_procs(family, timeout=0)
+        survivors = _wait_for_all(family, 0.0)
         for process in survivors:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
         self._popen.wait(10)
-        _, survivors = psutil.wait_procs(survivors, timeout=10)
-        if survivors:
+        if survivors := _wait_for_all(survivors, 10.0):
             log.error("%s left processes behind that cannot be killed: %s", self.name, [p.pid for p in survivors])
 
     def __repr__(self) -> str:
@@ -261,6 +259,22 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _wait_for_all(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still run after ``timeout_s``. A zombie does not; who is not our child is reaped when the first process of all likes."""
+    deadline, pause = time.monotonic() + timeout_s, 0.001
+    while (running := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(pause * 1.5, _MAX_POLL_S)
+    return running
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _tail_of(path: Path, lines: int) -> str:
