@@ -318,7 +318,9 @@ class Sender:
             self._abandon(link)
             self._counters["send_failures"] += is_news
         if is_news:
-            self._report(wire.PeerLost(self._rank, link.peer.session, wire.clip(f"rank {link.rank} of {link.peer.name}: {reason}")))
+            self._report(
+                wire.PeerLost(self._rank, link.peer.session, wire.clip(f"rank {link.rank} of the decode node {link.peer.name}: {reason}"))
+            )
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 
