@@ -114,7 +114,7 @@ def test_layer_reports_after_its_keys_are_in_the_cache():
     assert written == [[i <= layer for i in range(4)] for layer in range(4)]
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "qwen3-small"])
+@pytest.mark.parametrize("name", ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "qwen3-small"])
 def test_neither_neighbours_nor_chunks_change_a_token(name):
     model = random_model(SHAPES[name], dtype=torch.float32, device=torch.device("cpu"))
     batch = PagedBatch(model, num_blocks=400)
@@ -129,7 +129,7 @@ def test_neither_neighbours_nor_chunks_change_a_token(name):
         batch.step([(seq, [7]) for seq in others[:6]] + [(crowded, [last])] + [(seq, [9]) for seq in others[6:]])[6] for last in ids[147:]
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=2e-5)
-    if blas_sums_rows_alike():
+    if name.endswith("tiny") and blas_sums_rows_alike():  # some BLAS block larger products by their number of rows
         assert torch.equal(torch.cat(parts), whole)
 
 
