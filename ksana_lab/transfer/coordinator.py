@@ -14,6 +14,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -174,11 +175,14 @@ class Coordinator:
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
         poller.poll(max(0, -(-(self._next_ns(now_ns) - now_ns) // 1_000_000)))
         now_ns = time.monotonic_ns()
+        # Ranks first in, last handled: what the engine posted before it ran a step precedes what that step makes a rank say.
+        reports = self._read_ranks()
         for action in self._mailbox.take_all():
             if action is None:
                 return False
             action(now_ns)
-        self._hear_ranks(now_ns)
+        for report in reports:
+            self._hear_rank(report, now_ns)
         self._sessions.receive(now_ns)
         if isinstance(self._sessions, Dialer):
             self._turn_strangers_away()
@@ -200,15 +204,15 @@ class Coordinator:
         due = self._expire_at_ns if entries else now_ns + 1_000_000_000
         return min(due, self._sessions.next_ns(now_ns)) if isinstance(self._sessions, Dialer) else due
 
-    def _hear_ranks(self, now_ns: int) -> None:
+    def _read_ranks(self) -> list[Any]:
+        reports = []
         while True:
             try:
                 identity, data = self._hub.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
-            message = self._decoder.decode(data)  # of our own processes: anything malformed is a bug, and fatal
-            self._open_backlog(message.rank, identity)
-            self._hear_rank(message, now_ns)
+                return reports
+            reports.append(self._decoder.decode(data))  # of our own processes: anything malformed is a bug, and fatal
+            self._open_backlog(reports[-1].rank, identity)
 
     def _hear_rank(self, message: msgspec.Struct, now_ns: int) -> None:
         if isinstance(message, wire.RankStats):
