@@ -283,11 +283,11 @@ class Coordinator:
         self._recorder.instant("pair_connected", "transfer", comm_key=comm_key)
         self._wake()  # the registrar is told of connected pairs
 
-    def on_session_lost(self, session: int, reason: str, now_ns: int) -> None:
+    def on_session_lost(self, session: int, comm_key: str, reason: str, now_ns: int) -> None:
         self._recorder.instant("session_lost", "transfer", session=session, reason=reason)
         self.connected = self._sessions.connected
         if self.prefill is not None:
-            self.prefill.on_session_lost(session, reason, now_ns)
+            self.prefill.on_session_lost(session, comm_key, reason, now_ns)
         elif self.decode is not None:
             self.decode.on_session_lost(session, reason)
         self._wake()

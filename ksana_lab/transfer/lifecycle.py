@@ -176,9 +176,12 @@ class PrefillLedger:
         if message.window:
             self._effects.to_peer(message.session, wire.CancelDone(message.session, key, message.window))
 
-    def on_session_lost(self, session: int, reason: str, now_ns: int) -> None:
+    def on_session_lost(self, session: int, comm_key: str, reason: str, now_ns: int) -> None:
+        """Ends what was announced, and what D would have announced: the blocks of a prompt that a dead D was to fetch need no lease."""
         for entry in [e for e in self.entries.values() if e.session == session]:
             self._doom(entry, reason, now_ns, is_peers=True)
+        for entry in [e for e in self.entries.values() if not e.session and e.key.comm_key == comm_key]:
+            self._doom(entry, reason, now_ns)
 
     # ---- time --------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class SessionOwner(Protocol):
 
     def on_session_up(self, comm_key: str) -> None: ...
 
-    def on_session_lost(self, session: int, reason: str, now_ns: int) -> None: ...
+    def on_session_lost(self, session: int, comm_key: str, reason: str, now_ns: int) -> None: ...
 
     def on_message(self, message: msgspec.Struct, now_ns: int) -> None:
         """A message of a living session, from its peer."""
@@ -229,7 +229,7 @@ class Acceptor:
         if tell:
             self._send(s.identity, wire.Bye(s.session, wire.clip(reason)))
         self._owner.to_ranks(wire.ClosePeer(s.session))
-        self._owner.on_session_lost(s.session, reason, now_ns)
+        self._owner.on_session_lost(s.session, s.hello.comm_key, reason, now_ns)
 
     def _reject(self, identity: bytes, why: str) -> None:
         self.num_bad_messages += 1
@@ -502,7 +502,7 @@ class Dialer:
         dial.next_try_ns = now_ns + int(dial.backoff_s * 1e9)
         if session:
             self._owner.to_ranks(wire.ClosePeer(session))
-            self._owner.on_session_lost(session, reason, now_ns)
+            self._owner.on_session_lost(session, dial.comm_key, reason, now_ns)
 
     def _send(self, dial: _Dial, message: msgspec.Struct) -> None:
         if dial.socket is None:

@@ -155,8 +155,18 @@ def test_a_lost_session_dooms_its_requests_and_no_others(p):
     p.on_local(KEY, SEQ, SERIAL, 8, 0)
     p.on_announce(announce(), 0)
     p.on_local(other, 4, 2, 8, 0)
-    p.on_session_lost(SESSION, "killed", 0)
+    p.on_session_lost(SESSION, KEY.comm_key, "killed", 0)
     assert list(p.entries) == [other] and [n.seq_id for n in p.said.news_] == [SEQ]
+
+
+def test_what_a_lost_d_had_not_announced_yet_ends_with_its_session(p):
+    p.on_local(KEY, SEQ, SERIAL, 8, 0)
+    p.on_finished(KEY, SERIAL, 0)
+    p.on_session_lost(SESSION, KEY.comm_key, "killed", 0)
+    drop_all(p, window=0)
+    assert p.said.take() == ["ranks:Drop", "news:doomed", "news:failed"] and not p.entries
+    p.on_announce(announce(), 1)
+    assert [m.reason for m in p.said.peer if isinstance(m, wire.Failed)] == ["killed"]
 
 
 def test_reports_of_an_earlier_sequence_with_the_same_key_are_ignored(p):
