@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import signal
 import socket
@@ -158,6 +159,16 @@ def test_a_restored_node_is_offline_when_its_last_heartbeat_is_too_old(tmp_path)
         router.load()
         router.store.close()
         assert router.nodes()["nodes"][0]["is_online"] is is_online
+
+
+async def test_the_event_log_tells_a_requests_way(tmp_path):
+    async with one_pair(json_reply(200, {}), json_reply(200, {"d": 1}), trace_dir=str(tmp_path)) as (router, p, d):
+        await router.call("/generate", headers={"x-request-id": "mine"})
+    (log,) = tmp_path.glob("router-*.jsonl")
+    events = [e for e in map(json.loads, log.read_text().splitlines()) if e.get("cat") == "request"]
+    assert [e["name"] for e in events] == ["ARRIVED", "ROUTED", "FIRST_TOKEN", "FINISHED"]
+    assert {e["args"]["request_id"] for e in events} == {"mine"}
+    assert (events[1]["args"]["prefill"], events[1]["args"]["decode"], events[1]["args"]["comm_request_id"]) == (p.addr, d.addr, 1)
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------

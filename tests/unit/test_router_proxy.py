@@ -103,6 +103,18 @@ async def test_generate_shows_prefills_token_at_once_then_decodes_objects(ack):
         assert_idle(router)
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+async def test_wherever_the_network_cuts_the_client_gets_the_same(path):
+    is_sse = path != "/generate"
+    first, rest = (event("a"), event("b") + DONE) if is_sse else (obj(65), obj(65, 66) + obj(65, 66, 67))
+    headers = SSE if is_sse else {}
+    async with one_pair(hang(), hang()) as (router, p, d):
+        for i in range(1, len(rest), 3):  # every single cut: test_router_streams
+            p.handler = stream(first[: i % len(first)], first[i % len(first) :], headers=headers)
+            d.handler = stream(rest[:i], rest[i:], headers=headers | ACK)
+            assert await ask(router, path) == (200, first + rest + (b"" if is_sse else b"[DONE]\0"))
+
+
 async def test_generate_leaves_out_prefills_object_when_decode_was_faster():
     go, end = Event(), Event()
     async with one_pair(stream(go, obj(65)), stream(obj(65, 66), end, obj(65, 66, 67))) as (router, p, _d):
