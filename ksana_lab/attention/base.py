@@ -41,8 +41,14 @@ class ForwardContext:
 class AttentionBackend(Protocol):
     name: str
 
+    def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Once, before requests: make everything that would take time at the first use. ``max_tokens``: of one sequence in a step."""
+
     def store(self, k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
         """Write k, v [T, kv_heads, head_dim] to their slots; a slot of -1 is skipped."""
+
+    def remember(self, k: Tensor, v: Tensor, kv_layer: Tensor) -> None:
+        """Another kernel has stored this step's k, v [T, kv_heads, head_dim] of a layer; ``attend`` comes next and may read them."""
 
     def attend(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
         """q [T, heads, head_dim] -> [T, heads, head_dim], causal within each sequence, GQA by heads // kv_heads."""

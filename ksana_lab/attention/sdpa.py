@@ -66,6 +66,12 @@ class SdpaBackend:
         # [num_blocks, block_size, 2, kv_heads, head_dim]: with both indices in front, one assignment writes K and V of all heads.
         kv_layer.permute(0, 3, 1, 2, 4)[block, offset] = torch.stack([k, v], dim=1).to(kv_layer.dtype)
 
+    def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        pass
+
+    def remember(self, k: Tensor, v: Tensor, kv_layer: Tensor) -> None:
+        pass  # pages are read, always
+
     def attend(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
         """q [T, heads, head_dim] -> [T, heads, head_dim]; rows of padding come out as zeros."""
         if meta.plan is None:

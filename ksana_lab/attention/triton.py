@@ -1,14 +1,16 @@
 """The attention backend of a GPU: Triton kernels over pages, and cuDNN where a prompt's own keys are all there is to see.
 
-Decodes take triton_decode.py. A prefill chunk of a sequence without earlier context needs no pages: its keys and values are this step's
-tensors, and cuDNN's causal attention runs on them at about twice the rate of any other kernel of this torch. Chunks after earlier context
-and short ones take triton_prefill.py, many sequences in one launch."""
+Decodes take triton_decode.py. A long prefill chunk of a sequence without earlier context needs no pages: its keys and values are this
+step's tensors, and cuDNN's causal attention runs on them a quarter faster than any other kernel of this torch. But cuDNN plans for 40 ms
+whenever it meets a new length (measured), so lengths are rounded up to a few, which ``warm_up`` plans before the first request. Chunks
+after earlier context and shorter ones take triton_prefill.py, many sequences in one launch."""
 
 from __future__ import annotations
 
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ksana_lab.attention.base import AttentionMetadata
@@ -16,7 +18,8 @@ from ksana_lab.attention.store_kv import store_kv
 from ksana_lab.attention.triton_decode import DecodeConfig, DecodePlan, decode_attention, plan_decode
 from ksana_lab.attention.triton_prefill import gather_kv, prefill_attention
 
-_SHORT = 256  # new tokens below which one launch for many sequences beats cuDNN's launch for each
+_CUDNN_MIN = 2048  # new tokens from which cuDNN beats triton_prefill.py
+_CUDNN_STEP = 512  # its lengths are multiples of this
 
 
 class TritonBackend:
@@ -37,12 +40,23 @@ class TritonBackend:
         """This step's keys and values of a layer that another kernel has stored; ``attend`` may read them instead of pages."""
         self._step_kv = (kv_layer.data_ptr(), k, v)
 
+    def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Have cuDNN plan for every length it may be asked for, up to ``max_tokens`` in a step."""
+        if dtype.itemsize != 2:
+            return
+        for length in range(_CUDNN_MIN, _padded(max_tokens) + 1, _CUDNN_STEP):
+            heads = torch.zeros(length, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, device=device)
+            q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
+            cudnn_attention(q, k, v, head_dim**-0.5, is_causal=True)
+            if length < _padded(max_tokens):  # what is padded is laid out otherwise, and that is another plan
+                cudnn_attention(q.contiguous(), k.contiguous(), v.contiguous(), head_dim**-0.5, is_causal=True)
+
     def attend(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
         """q [T, heads, head_dim] -> [T, heads, head_dim], causal within each sequence, GQA by heads // kv_heads.
 
         Rows of padding are zero among decodes (seq_lens 0) and undefined after the last prefill token."""
         num_decodes = meta.num_decodes
-        if num_decodes == 0 and len(meta.query_lens) == 1 and self._is_whole(meta, 0):
+        if num_decodes == 0 and len(meta.query_lens) == 1 and self._is_whole(meta, 0, q.dtype):
             return self._attend_whole(q, kv_layer, meta, 0, 0, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if num_decodes:
@@ -51,7 +65,7 @@ class TritonBackend:
             plan: DecodePlan = meta.plan
             decode_attention(q[:num_decodes], kv_layer, meta.block_tables, plan, scale, out[:num_decodes], self.config, self.pdl)
         start = num_decodes
-        for is_whole, members in groupby(range(num_decodes, len(meta.query_lens)), key=lambda i: self._is_whole(meta, i)):
+        for is_whole, members in groupby(range(num_decodes, len(meta.query_lens)), key=lambda i: self._is_whole(meta, i, q.dtype)):
             run = list(members)
             num_tokens = sum(meta.query_lens[i] for i in run)
             if is_whole:
@@ -70,8 +84,9 @@ class TritonBackend:
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
         return plan_decode(meta.seq_lens[: meta.num_decodes], q.shape[1], kv_layer.shape[2], q.shape[2], num_sms, self.config, self.pdl)
 
-    def _is_whole(self, meta: AttentionMetadata, i: int) -> bool:
-        return meta.query_lens[i] == meta.context_lens[i] and meta.query_lens[i] >= _SHORT
+    def _is_whole(self, meta: AttentionMetadata, i: int, dtype: torch.dtype) -> bool:
+        """cuDNN's case: 16-bit, long, every key of this step."""
+        return dtype.itemsize == 2 and meta.query_lens[i] == meta.context_lens[i] and meta.query_lens[i] >= _CUDNN_MIN
 
     def _attend_whole(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, i: int, start: int, scale: float) -> Tensor:
         """One sequence whose every key is of this step. q [n, heads, head_dim] -> [n, heads, head_dim]."""
@@ -80,7 +95,14 @@ class TritonBackend:
             k, v = (x[start : start + length] for x in self._step_kv[1:])
         else:
             k, v = gather_kv(kv_layer, meta.block_tables[i], length, q.dtype)
-        return cudnn_attention(q[:length], k, v, scale, is_causal=True)[0]
+        # Causal: the zeros behind the last token reach nobody before them.
+        padding = (0, 0, 0, 0, 0, _padded(length) - length)
+        q, k, v = (x if padding[-1] == 0 else F.pad(x, padding) for x in (q[:length], k, v))
+        return cudnn_attention(q, k, v, scale, is_causal=True)[0][:length]
+
+
+def _padded(length: int) -> int:
+    return -(-length // _CUDNN_STEP) * _CUDNN_STEP
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, with_lse: bool = False) -> tuple[Tensor, Tensor]:

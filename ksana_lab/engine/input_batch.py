@@ -56,10 +56,12 @@ class InputBatch:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
         self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_blocks = -(-max_model_len // block_size)  # of one sequence
         self.sampling = SamplingTable(max_num_seqs, vocab_size, device)
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # newest token sampled by each row
         self._staging = Staging(device)
-        self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._block_tables = np.zeros((max_num_seqs, self.max_num_blocks), np.int32)
         self._num_blocks = np.zeros(max_num_seqs, np.int64)
         self._num_known = np.zeros(max_num_seqs, np.int64)  # tokens of the row in ``_tokens``
         self._tokens: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs

@@ -13,8 +13,10 @@ from torch import Tensor
 from ksana_lab.attention.base import AttentionBackend, AttentionMetadata, ForwardContext
 from ksana_lab.core.step import StepTokens
 from ksana_lab.engine.commands import StepCommand
+from ksana_lab.engine.cuda_graph import DecodeGraphs
 from ksana_lab.engine.input_batch import InputBatch, StepInputs
-from ksana_lab.engine.sampler import Sampled
+from ksana_lab.engine.sampler import PLAIN_GREEDY, Sampled
+from ksana_lab.layers import fused
 from ksana_lab.models.decoder import Decoder
 from ksana_lab.transfer.base import WorkerConnector
 from ksana_lab.types import TokenLogprob
@@ -80,10 +82,19 @@ class ModelRunner:
         self.connector: WorkerConnector | None = None
         self._kv_layers: Sequence[Tensor] = ()
         self._brings_tokens_home = is_sampling_rank
+        self._graphs: DecodeGraphs | None = None
 
     def set_cache(self, kv_layers: Sequence[Tensor], connector: WorkerConnector | None) -> None:
         """``kv_layers``: per layer [num_blocks, 2, kv_heads, block_size, head_dim]."""
         self._kv_layers, self.connector = kv_layers, connector
+
+    def capture_graphs(self) -> None:
+        """Make graphs of the decode steps. CUDA only, after ``set_cache``; all ranks of a group together."""
+        graphs = DecodeGraphs(
+            self.model, self.backend, self._kv_layers, max_num_seqs=self.batch.max_num_seqs, max_num_blocks=self.batch.max_num_blocks
+        )
+        graphs.capture()
+        self._graphs = graphs
 
     @torch.inference_mode()
     def execute(self, command: StepCommand) -> PendingTokens:
@@ -94,10 +105,15 @@ class ModelRunner:
         if not command.seq_ids:
             return NO_TOKENS
         inputs = self.batch.prepare(command)
-        hidden = self.forward(inputs)
-        if not inputs.sample_seq_ids:
-            return NO_TOKENS
-        sampled = self.sample(hidden, inputs)
+        # A last prompt chunk of one token counts as a decode; if its KV must be sent, somebody wants to hear of every layer.
+        is_watched = command.transfer is not None and bool(command.transfer.sends)
+        if self._graphs is not None and not is_watched and self._graphs.fits(inputs):
+            sampled = self.sample_replayed(*self._graphs.replay(inputs), inputs)
+        else:
+            hidden = self.forward(inputs)
+            if not inputs.sample_seq_ids:
+                return NO_TOKENS
+            sampled = self.sample(hidden, inputs)
         if not self._brings_tokens_home:
             return NO_TOKENS
         num_logprobs = [self.batch.sampling.num_logprobs(row) for row in inputs.sample_rows] if sampled.logprobs else []
@@ -113,7 +129,17 @@ class ModelRunner:
         """A token for each sequence that samples; every rank comes to the same ones, from the same logits."""
         num = len(inputs.sample_seq_ids)
         chosen = hidden[:num] if inputs.logits_indices is None else hidden.index_select(0, inputs.logits_indices)
-        sampled = self.batch.sampling.sample(self.model.compute_logits(chosen), inputs.sampling)
+        if inputs.sampling is PLAIN_GREEDY:
+            sampled = Sampled(fused.argmax(self.model.head(chosen)))
+        else:
+            sampled = self.batch.sampling.sample(self.model.compute_logits(chosen), inputs.sampling)
+        self.batch.remember(inputs, sampled.token_ids)
+        return sampled
+
+    def sample_replayed(self, logits: Tensor, greedy: Tensor, inputs: StepInputs) -> Sampled:
+        """The same after a replayed graph, which has the maxima already. Every sequence of such a step samples, in order."""
+        is_plain = inputs.sampling is PLAIN_GREEDY
+        sampled = Sampled(greedy) if is_plain else self.batch.sampling.sample(logits.float(), inputs.sampling)
         self.batch.remember(inputs, sampled.token_ids)
         return sampled
 

@@ -141,8 +141,19 @@ class Worker:
         if self.connector is not None:
             self.connector.register(memory, self.kv_layout)
         self.runner.set_cache(make_layer_views(memory, self.kv_layout), self.connector)
+        if self.device.type == "cuda":
+            self._warm_up()
         log.info("rank %d on %s: %d KV blocks of %d tokens, %d MiB", self.rank, self.device, num_blocks, self.kv_layout.block_size,
                  self.kv_layout.total_bytes >> 20)  # fmt: skip
+
+    def _warm_up(self) -> None:
+        """Nothing is compiled, planned or captured once requests come."""
+        model, backend = self.model_config, self.runner.backend
+        heads = model.num_local_heads(self.tp.size), model.num_local_kv_heads(self.tp.size)
+        max_tokens = min(self.config.scheduler.max_num_batched_tokens, self.max_model_len)
+        backend.warm_up(*heads, model.head_dim, max_tokens, self.dtype, self.device)
+        if self.config.runtime.enable_cuda_graph:
+            self.runner.capture_graphs()
 
     def execute(self, command: StepCommand) -> PendingTokens:
         return self.runner.execute(command)

@@ -54,6 +54,5 @@ class VocabEmbedding(VocabRows):
 
 class VocabHead(VocabRows):
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden] -> logits float32 [S, vocab], whole on every rank."""
-        logits = self.tp.all_gather(linear(hidden, self.weight))
-        return logits[:, : self.vocab_size].float()
+        """hidden [S, hidden] -> logits [S, vocab] in the model's dtype, whole on every rank."""
+        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ksana_lab.layers import fused
 from ksana_lab.layers.linear import new_weight
 from ksana_lab.layers.piece import Piece
 
@@ -19,7 +20,12 @@ class RMSNorm(nn.Module):
         self.weight = new_weight(size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual), both [T, size]; without a residual the sum is x itself."""
+        """(norm(x + residual), x + residual), both [T, size]; without a residual the sum is x itself. On a GPU one kernel does both, and
+        the sum takes the residual's place in memory."""
+        if x.is_cuda:
+            if residual is None:
+                return fused.rms_norm(x, self.weight, self.eps), x
+            return fused.add_rms_norm(x, residual, self.weight, self.eps), residual
         total = x if residual is None else x + residual
         return self.normalize(total), total
 

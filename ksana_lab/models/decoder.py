@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] (rows of ``forward``'s result) -> float32 [S, vocab], the same on every rank."""
-        return self.head(hidden)
+        return self.head(hidden).float()
 
     def pieces(self) -> Iterator[Piece]:
         """What a checkpoint must hold, and where this rank keeps its share of it."""
