@@ -8,25 +8,13 @@ for one request and closes with it. And a *notice* delivered behind the bytes is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from ksana_lab.core.connector import TransferMeta
 from ksana_lab.core.kv_layout import KVLayout
-from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.transfer.plan import Copies
-
-
-@dataclass
-class TransferProgress:
-    """News of a whole node's ranks: a key is in ``sent``, ``received`` or ``dropped`` once every rank has said so."""
-
-    sent: list[TransferKey] = field(default_factory=list)  # P: all bytes of the prompt left and were acknowledged
-    received: list[TransferKey] = field(default_factory=list)  # D: all bytes of the prompt arrived
-    failed: dict[TransferKey, str] = field(default_factory=dict)
-    dropped: list[TransferKey] = field(default_factory=list)  # nothing will touch this key's blocks any more
 
 
 class WorkerConnector(Protocol):
@@ -48,9 +36,8 @@ class WorkerConnector(Protocol):
     def layer_done(self, layer: int) -> None:
         """The kernels that write layer ``layer``'s KV of this step were just enqueued on the current stream. Must not block."""
 
-    def poll(self) -> TransferProgress:
-        """What an executor must carry to ``SchedulerConnector.on_worker_progress``: nothing here, since ranks report by themselves. Never
-        blocks. Raises TransferError if one of the connector's own threads has died: the rank cannot go on."""
+    def poll(self) -> None:
+        """Never blocks. Raises TransferError if one of the connector's own threads has died: the rank cannot go on."""
 
     def stats(self) -> dict[str, float]:
         """This rank's counters by metric name. They are in the scheduler side's ``stats`` already, summed over ranks."""

@@ -139,6 +139,10 @@ class Receiver:
         with self._lock:
             return {**self._counters, "quarantined": float(len(self._quarantined))}
 
+    def close(self) -> None:
+        """After the backends: nothing arrives any more."""
+        self._cache = torch.empty(0, dtype=torch.uint8)
+
     def _release_safe(self) -> None:
         """Blocks whose writers have all gone."""
         with self._lock:

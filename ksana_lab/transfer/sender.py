@@ -35,6 +35,7 @@ from ksana_lab.transfer.registry import host_id
 log = logging.getLogger(__name__)
 
 _MAX_TOMBSTONES = 4096
+_NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is its owner's alone
 _POLL_DEVICE_S = 50e-6  # how often a copy that a device is making is looked at, while there is one
 
 
@@ -234,6 +235,7 @@ class Sender:
         _close_all(links)
         for thread in self._threads:
             thread.join(timeout=5)
+        self._cache = _NO_CACHE
 
     # ---- connections -------------------------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ class Acceptor:
 
     def close(self, now_ns: int) -> None:
         for s in list(self._sessions.values()):
-            self._end(s, "the prefill node is shutting down", now_ns)
+            self._end(s, "the prefill node is shutting down", now_ns, is_farewell=True)
         self._router.disable_monitor()
         self._monitor.close(linger=0)
 
@@ -183,7 +183,7 @@ class Acceptor:
         if isinstance(message, wire.Ping):
             self._send(identity, wire.Pong(s.session))
         elif isinstance(message, wire.Bye):
-            self._end(s, message.reason, now_ns, tell=False)
+            self._end(s, message.reason, now_ns, tell=False, is_farewell=True)
         elif (wrong := _why_wrong(message, s.hello)) is not None:
             self._reject(identity, wrong)
         else:
@@ -223,9 +223,9 @@ class Acceptor:
             return str(error), False
         return None, True
 
-    def _end(self, s: _Accepted, reason: str, now_ns: int, *, tell: bool = True) -> None:
+    def _end(self, s: _Accepted, reason: str, now_ns: int, *, tell: bool = True, is_farewell: bool = False) -> None:
         del self._sessions[s.session]
-        log.warning("pair %s: session ended: %s", s.hello.comm_key, reason)
+        log.log(logging.INFO if is_farewell else logging.WARNING, "pair %s: session ended: %s", s.hello.comm_key, reason)
         if tell:
             self._send(s.identity, wire.Bye(s.session, wire.clip(reason)))
         self._owner.to_ranks(wire.ClosePeer(s.session))
@@ -391,7 +391,7 @@ class Dialer:
     def close(self, now_ns: int) -> None:
         for dial in list(self._dials.values()):
             if dial.socket is not None:
-                self._lose(dial, "the decode node is shutting down", now_ns, tell=True)
+                self._lose(dial, "the decode node is shutting down", now_ns, tell=True, is_farewell=True)
 
     def _tick_idle(self, dial: _Dial, now_ns: int) -> None:
         if not dial.is_named:
@@ -456,7 +456,7 @@ class Dialer:
 
     def _handle_in_session(self, dial: _Dial, message: msgspec.Struct, now_ns: int) -> None:
         if isinstance(message, wire.Bye):
-            self._lose(dial, f"the prefill node ended the session: {message.reason}", now_ns)
+            self._lose(dial, f"the prefill node ended the session: {message.reason}", now_ns, is_farewell=True)
         elif isinstance(message, wire.Connected):
             dial.is_connected, dial.backoff_s, dial.has_complained = True, 0.0, False
             log.info("pair %s is connected", dial.comm_key)
@@ -479,10 +479,12 @@ class Dialer:
         dial.deadline_ns = now_ns + int(self._attempt_timeout_s * 1e9)
         dial.why = "the prefill node's ranks are connecting"
 
-    def _lose(self, dial: _Dial, reason: str, now_ns: int, *, tell: bool = False, is_final: bool = False) -> None:
+    def _lose(
+        self, dial: _Dial, reason: str, now_ns: int, *, tell: bool = False, is_final: bool = False, is_farewell: bool = False
+    ) -> None:
         """Back to no connection; ``is_final``: only a change of somebody's configuration helps, so try seldom."""
         if dial.is_connected:
-            log.warning("pair %s: session ended: %s", dial.comm_key, reason)
+            log.log(logging.INFO if is_farewell else logging.WARNING, "pair %s: session ended: %s", dial.comm_key, reason)
             dial.since_ns = now_ns
         elif reason != dial.why:
             log.log(logging.ERROR if is_final else logging.INFO, "pair %s: %s", dial.comm_key, reason)

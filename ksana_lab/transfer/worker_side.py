@@ -22,7 +22,7 @@ from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.errors import ConfigError, TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.tracing.recorder import NullRecorder
-from ksana_lab.transfer.base import TransferBackend, TransferProgress
+from ksana_lab.transfer.base import TransferBackend
 from ksana_lab.transfer.coordinator import control_address
 from ksana_lab.transfer.mailbox import Mailbox
 from ksana_lab.transfer.receiver import Receiver
@@ -106,10 +106,9 @@ class KVWorkerConnector:
         if self._sender is not None:
             self._sender.layer_done(layer)
 
-    def poll(self) -> TransferProgress:
+    def poll(self) -> None:
         if self._fatal is not None:
             raise TransferError(f"KV transfer on rank {self._rank} died: {self._fatal!r}") from self._fatal
-        return TransferProgress()
 
     def stats(self) -> dict[str, float]:
         if self._sender is not None:
@@ -117,11 +116,13 @@ class KVWorkerConnector:
         return self._receiver.stats() if self._receiver is not None else {}
 
     def close(self) -> None:
-        """Ends the transfers. May be called twice."""
+        """Ends the transfers and lets go of the cache. May be called twice."""
         if self._sender is not None:
             self._sender.close()
         for backend in self._backends:
             backend.close()
+        if self._receiver is not None:
+            self._receiver.close()
         if self._thread is not None:
             self._mailbox.put(None)
             self._thread.join(timeout=10)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from transfer_nodes import COMM_KEY, LAYERS, Node, connect, make_pair, random_kv, wait_for
@@ -185,6 +188,20 @@ def test_a_request_may_come_before_its_pair_is_connected():
     finally:
         d.close()
         p.close()
+
+
+@pytest.mark.parametrize("backend", ["tcp", "shm"])
+def test_a_closed_connector_lets_go_of_the_cache(backend):
+    gc.disable()
+    try:
+        with make_pair(backend=backend) as (p, d):
+            send(p, d)
+            memories = [weakref.ref(node.memories.pop()) for node in (p, d)]
+            for node in (p, d):
+                node.caches.clear()
+        assert [memory() for memory in memories] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_closing_twice_is_harmless():

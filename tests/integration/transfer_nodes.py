@@ -61,13 +61,16 @@ class Node:
         self.recorder = Spans()
         self._wake = threading.Event()
         self.workers: list[KVWorkerConnector] = []
-        self.caches: list[np.ndarray] = []
+        self.memories: list[torch.Tensor] = []
+        self.caches: list[np.ndarray] = []  # float32 views of them
         for rank in range(tp):
             worker = make_worker_connector(self.config, rank, tp, self.recorder, self._wake.set, self.ipc_dir)
             cache = worker.allocate(self.layout.total_bytes, torch.device("cpu"))
             worker.register(cache, self.layout)
             self.workers.append(worker)
+            self.memories.append(cache)
             self.caches.append(cache.view(torch.float32).numpy().reshape(self.layout.shape))
+        del cache
         endpoints = [worker.endpoint() for worker in self.workers]
         self.connector: KVSchedulerConnector = make_scheduler_connector(
             self.config, self.layout, tp, HEADS, endpoints, self.recorder, self._wake.set, self.ipc_dir

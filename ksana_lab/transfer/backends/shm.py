@@ -34,14 +34,15 @@ def is_supported() -> bool:
 
 class ShmLink:
     def __init__(self, stream: StreamLink, source: np.ndarray, target: np.ndarray) -> None:
-        self._stream, self._source = stream, source
-        self._target: np.ndarray | None = target  # None = closed
+        self._stream = stream
+        self._source: np.ndarray | None = source  # None = closed
+        self._target: np.ndarray | None = target
         self._lock = threading.Lock()  # held while a write copies
 
     def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
         with self._lock:
             source, target = self._source, self._target
-            if target is None:
+            if source is None or target is None:
                 raise TransferError("the link is closed")
             if len(copies) and (int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > len(target)):
                 raise TransferError(f"a write outside the peer's cache of {len(target)} bytes")
@@ -54,7 +55,7 @@ class ShmLink:
 
     def close(self) -> None:
         with self._lock:  # a copy under way ends first: to the peer, the end of the stream means that nobody writes
-            self._target = None
+            self._source = self._target = None
         self._stream.close()
 
 
@@ -131,6 +132,7 @@ class ShmBackend:
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
+        self._memory = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -214,6 +214,8 @@ class StreamServer:
         for thread in (self._thread, *(w.thread for w in writers)):
             if thread is not None and thread is not threading.current_thread():
                 thread.join(timeout=5)
+        if self._cache is not None:
+            self._cache = memoryview(b"")  # lets go of the memory, and stays what tells a fence
 
     def _accept(self) -> None:
         while True:
@@ -400,8 +402,9 @@ class StreamLink:
 
     def write(self, copies: Copies, window: int) -> Done:
         """Send the bytes themselves (needs ``source``)."""
-        assert self._source is not None
         source = self._source
+        if source is None:
+            raise TransferError("the link is closed")
         runs = copies.tolist()
         header = Frame(WRITE, OK, len(runs), window, 0, int(copies[:, 2].sum())).pack()
         table = copies[:, 1:].astype("<i8").tobytes()
@@ -446,6 +449,7 @@ class StreamLink:
             self._thread.join(timeout=5)
         with self._send_lock:
             self._wire.close()
+            self._source = None
             self._drop_fds()
 
     def _drop_fds(self) -> None:
