@@ -205,7 +205,7 @@ class Coordinator:
         return min(due, self._sessions.next_ns(now_ns)) if isinstance(self._sessions, Dialer) else due
 
     def _read_ranks(self) -> list[Any]:
-        reports = []
+        reports: list[Any] = []
         while True:
             try:
                 identity, data = self._hub.recv_multipart(zmq.NOBLOCK)
