@@ -11,17 +11,18 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
 import orjson
 
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import CANCELLED
 from ksana_lab.workload.spec import Endpoint, Sampling, WorkloadRequest
+from ksana_lab.workload.wire import Answer, ConnectionLost, HttpClient
 
 _PATHS: dict[Endpoint, str] = {"generate": "/generate", "completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _MAX_KEPT_BYTES = 1 << 18  # of one answer before it is parsed in passing
 _PIECES_AT_A_TIME = 8  # parsed before other answers get their turn: about 0.1 ms
-_MAX_ERROR_BYTES = 4096
+_INFO_TIMEOUT_S = 10.0
+_NETWORK_ERRORS = (OSError, asyncio.TimeoutError, ConnectionLost)
 _GENERATE_MAX_TOPK = 1024  # /generate knows no "off": its widest is this
 _WORDS = ("time", "year", "day", "man", "world", "life", "hand", "part", "child", "eye", "place", "work", "week", "case", "point", "fact")
 
@@ -41,38 +42,31 @@ class Client:
         connect_timeout_s: float = 10.0,
         headers: dict[str, str] | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        """Raises ConfigError for a URL that is none."""
         self.endpoint, self.model = endpoint, model
         self.sampling = sampling or Sampling()
         self._extra_body = dict(extra_body or {})
-        self._url = self.base_url + _PATHS[endpoint]
+        self._http = HttpClient(base_url, connect_timeout_s=connect_timeout_s)
         self._headers = {"Content-Type": "application/json", **(headers or {})}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
-        self._session: aiohttp.ClientSession | None = None
+        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Client:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=self._timeout, trust_env=False, auto_decompress=False
-        )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._http.close()
 
     async def node_info(self) -> dict[str, Any]:
         """The first entry of /v1/models (id, and on our nodes max_model_len and vocab_size); {} where the server has none to show."""
-        assert self._session is not None, "use `async with`"
         try:
-            async with self._session.get(self.base_url + "/v1/models") as response:
-                data = (await response.json(content_type=None))["data"]
-                return dict(data[0]) if response.status == 200 and data else {}
-        except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+            answer = await asyncio.wait_for(self._http.request("GET", "/v1/models", headers=self._headers), _INFO_TIMEOUT_S)
+        except _NETWORK_ERRORS:
             return {}
+        data = _json_object(b"".join(piece for _, piece in answer.pieces)).get("data")
+        return data[0] if answer.status == 200 and isinstance(data, list) and data and isinstance(data[0], dict) else {}
 
     def encode(self, request: WorkloadRequest) -> bytes:
         """The request's body. Made before the clock starts: a long prompt takes longer to encode than to send."""
@@ -85,24 +79,20 @@ class Client:
     ) -> RequestRecord:
         """Sends and reads to the end. Never raises for what a server or a network does: ``record.error`` says it. Cancelling this task
         closes the connection and raises CancelledError."""
-        assert self._session is not None, "use `async with`"
         body = self.encode(request) if body is None else body
         record = RequestRecord(request_id, request.num_prompt_tokens, scheduled_s=scheduled_s, labels={"index": request.index})
-        answer = _Answer(self.endpoint, record, request, expects_all=self.sampling.ignore_eos)
-        record.sent_s = time.monotonic()
+        reader = _AnswerReader(self.endpoint, record, request, expects_all=self.sampling.ignore_eos)
+        headers = {**self._headers, "x-request-id": request_id}
+        record.sent_s = time.monotonic()  # before a connection is made: a server too busy to accept one is slow, not unmeasured
         try:
-            async with self._session.post(self._url, data=body, headers={**self._headers, "x-request-id": request_id}) as response:
-                if response.status != 200:
-                    text = (await response.content.read(_MAX_ERROR_BYTES)).decode("utf-8", "replace")
-                    record.error = f"{response.status}: {_error_message(text)}"
-                else:
-                    await answer.read(response.content)
+            sending = self._http.request("POST", _PATHS[self.endpoint], body, headers, on_start=reader.on_start, on_piece=reader.on_piece)
+            await asyncio.wait_for(sending, self._timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
-            record.error = f"timeout: no end after {self._timeout.total:g} s"
-        except (aiohttp.ClientError, OSError) as error:
+            record.error = f"timeout: no end after {self._timeout_s:g} s"
+        except _NETWORK_ERRORS as error:
             record.error = f"connection: {type(error).__name__}: {error}"
         record.finished_s = time.monotonic()
-        await answer.finish()
+        await reader.finish()
         return record
 
     def _openai_body(self, request: WorkloadRequest) -> dict[str, Any]:
@@ -139,49 +129,56 @@ def _generate_body(request: WorkloadRequest, sampling: Sampling) -> dict[str, An
     return {"input_tokens": request.prompt_token_ids, "stream": True, "sampling_config": config}
 
 
-class _Answer:
+class _AnswerReader:
     """Reads one streamed answer into its record. ``expects_all``: fewer tokens than asked for are a failure, not an early stop."""
 
     def __init__(self, endpoint: Endpoint, record: RequestRecord, request: WorkloadRequest, *, expects_all: bool) -> None:
         self._is_generate = endpoint == "generate"
         self._end = b"\0" if self._is_generate else b"\n"  # of a message; an SSE event of an OpenAI stream is one line of data
+        self._marker = b"\0" if self._is_generate else b"data:"  # counts messages without parsing them
         self._record, self._request, self._expects_all = record, request, expects_all
-        self._pieces: list[tuple[float, bytes]] = []
+        self.answer: Answer | None = None
         self._kept_bytes = 0
+        self._num_messages = 0
         self._rest = b""  # bytes of a message whose end has not come
         self._texts: list[str] = []
         self._usage: dict[str, Any] = {}
-        self._is_cut_off = False
 
-    async def read(self, content: aiohttp.StreamReader) -> None:
-        """To the end, or to the point where the client is to hang up."""
-        limit, marker = self._request.cancel_after_messages, b"\0" if self._is_generate else b"data:"
-        num_messages = 0
-        while limit is None or num_messages < limit:
-            piece = await content.readany()
-            if not piece:
-                return
-            self._pieces.append((time.monotonic(), piece))
-            self._kept_bytes += len(piece)
-            if self._kept_bytes > _MAX_KEPT_BYTES:
-                self._parse()
-            if limit is not None:
-                num_messages += piece.count(marker)
-        self._is_cut_off = True
+    def on_start(self, answer: Answer) -> None:
+        self.answer = answer
+        if self._request.cancel_after_messages == 0:
+            answer.cut_off()
+
+    def on_piece(self, answer: Answer) -> None:
+        """Called for every piece as it comes in: keep it short."""
+        piece = answer.pieces[-1][1]
+        self._kept_bytes += len(piece)
+        if self._kept_bytes > _MAX_KEPT_BYTES:
+            if answer.status == 200:
+                self._parse(answer.pieces)
+            answer.pieces = []
+            self._kept_bytes = 0
+        if (limit := self._request.cancel_after_messages) is not None:
+            self._num_messages += piece.count(self._marker)
+            if self._num_messages >= limit:
+                answer.cut_off()
 
     async def finish(self) -> None:
         """Parses what is left, a little at a time so that other answers are stamped in between, and decides whether it completed."""
-        pieces, self._pieces = self._pieces, []
+        answer, record = self.answer, self._record
+        if answer is not None and answer.status != 200:
+            body = b"".join(piece for _, piece in answer.pieces)
+            record.error = record.error or f"{answer.status}: {_error_message(body.decode('utf-8', 'replace'))}"
+            return
+        pieces = answer.pieces if answer is not None else []
         for start in range(0, len(pieces), _PIECES_AT_A_TIME):
-            self._pieces = pieces[start : start + _PIECES_AT_A_TIME]
-            self._parse()
+            self._parse(pieces[start : start + _PIECES_AT_A_TIME])
             await asyncio.sleep(0)
-        record = self._record
         if not self._is_generate:
             record.text = "".join(self._texts)
             record.num_prompt_tokens = self._usage.get("prompt_tokens", record.num_prompt_tokens)
             record.num_output_tokens = self._usage.get("completion_tokens", record.num_output_tokens)
-        if self._is_cut_off and record.error is None:
+        if answer is not None and answer.is_cut_off and record.error is None:
             record.error, record.finish_reason = "cancelled by the client", CANCELLED
         elif record.error is None:
             record.error = self._what_is_missing()
@@ -199,13 +196,12 @@ class _Answer:
             return f"the answer ended after {num_tokens} tokens without a finish_reason"
         return None
 
-    def _parse(self) -> None:
+    def _parse(self, pieces: list[tuple[float, bytes]]) -> None:
         take = self._generate_message if self._is_generate else self._openai_line
-        for at_s, piece in self._pieces:
+        for at_s, piece in pieces:
             *messages, self._rest = (self._rest + piece).split(self._end)
             for message in messages:
                 take(at_s, message.strip())
-        self._pieces, self._kept_bytes = [], 0
 
     def _generate_message(self, at_s: float, message: bytes) -> None:
         """Cumulative: each message holds the whole output so far."""
