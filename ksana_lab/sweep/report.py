@@ -1,0 +1,146 @@
+"""Results of a sweep as tables: a row per run, a row per request, goodput per GPU of each system; CSV and Markdown beside them.
+
+Reads finished runs alone, so it works while the sweep goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ksana_lab.errors import ConfigError
+from ksana_lab.metrics.export import load_records, summary_row, to_frame, write_csv
+from ksana_lab.metrics.summary import SLO, goodput_rps_per_gpu, summarize
+from ksana_lab.sweep.store import Manifest, read_manifest, read_point
+
+# What a person looks at first: column, its title, factor, digits.
+_SHOWN = (
+    ("rate", "rate", 1, 3),
+    ("num_completed", "ok", 1, 0),
+    ("num_failed", "failed", 1, 0),
+    ("ttft_s_p50", "TTFT p50 ms", 1e3, 1),
+    ("ttft_s_p99", "TTFT p99 ms", 1e3, 1),
+    ("tpot_s_p50", "TPOT p50 ms", 1e3, 2),
+    ("tpot_s_p99", "TPOT p99 ms", 1e3, 2),
+    ("output_throughput_tps", "tokens/s", 1, 0),
+    ("slo_attainment", "attainment", 1, 3),
+    ("goodput_rps", "goodput", 1, 3),
+)
+_NOT_GROUPED = ("rate", "num_requests")  # differ along one curve
+
+
+def load_results(folder: str | Path, *, slo: SLO | None = None) -> pd.DataFrame:
+    """One row per finished run: what it was (``run_id system split rate repeat seed num_gpus transfer_mode``, the axes), what came out
+    (``summary_row``), whether the client kept up (``is_trustworthy``), and its ``folder``. Goodput and attainment are under ``slo``; None =
+    the sweep's own.
+
+    Raises ConfigError for a folder that holds no sweep, or one of another version."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    bounds = slo or (SLO.from_dict(manifest.slo) if manifest.slo else None)
+    rows = []
+    for run_id in _finished(folder, manifest):
+        point = read_point(folder, run_id)
+        path = folder / "runs" / run_id
+        same_slo = point["slo"] == (bounds and vars(bounds))
+        measured = point["summary"] if same_slo else summary_row(summarize(load_records(path / "records.jsonl"), slo=bounds))
+        rows.append({"run_id": run_id, **measured, **point["columns"], "folder": str(path)})
+    return pd.DataFrame(rows)
+
+
+def load_requests(folder: str | Path) -> pd.DataFrame:
+    """One row per request of every finished run, with the run's columns (``system split rate …``) in each. Raises as ``load_results``."""
+    folder = Path(folder)
+    frames = []
+    for run_id in _finished(folder, read_manifest(folder)):
+        columns = read_point(folder, run_id)["columns"]
+        frames.append(to_frame(load_records(folder / "runs" / run_id / "records.jsonl"), run_id=run_id, **columns))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _finished(folder: Path, manifest: Manifest) -> list[str]:
+    return [run_id for run_id in manifest.run_ids if (folder / "runs" / run_id).is_dir()]
+
+
+def goodput(runs: pd.DataFrame, axes: Sequence[str] = (), *, target: float = 0.9) -> pd.DataFrame:
+    """DistServe's goodput, one row per system, split, repeat and combination of the other ``axes``: the highest offered rate at which
+    ``target`` of the requests meet the SLO, per GPU (``goodput_rps_per_gpu``), and the highest rate tried (``max_rate``): where both agree
+    but for the GPUs, the true one is higher.
+
+    Raises ConfigError when the runs have no SLO or no rate."""
+    if "slo_attainment" not in runs or runs["slo_attainment"].isna().all():
+        raise ConfigError("goodput needs an SLO: give the sweep one (slo: {ttft_s: …}), or load_results(folder, slo=SLO(…))")
+    if "rate" not in runs or runs["rate"].isna().all():
+        raise ConfigError("goodput needs offered rates; these runs are closed loops")
+    by = ["system", "split", *(a for a in axes if a in runs and a not in (*_NOT_GROUPED, "split")), "repeat"]
+    rows = []
+    for names, group in runs.dropna(subset=["rate", "slo_attainment"]).groupby(by, sort=False, dropna=False):
+        num_gpus = int(group["num_gpus"].iloc[0])
+        value = goodput_rps_per_gpu(group["rate"].tolist(), group["slo_attainment"].tolist(), num_gpus, target=target)
+        rows.append(
+            {
+                **dict(zip(by, names, strict=True)),
+                "num_gpus": num_gpus,
+                "goodput_rps_per_gpu": value,
+                "max_rate": group["rate"].max(),
+                "num_rates": group["rate"].nunique(),
+                "is_trustworthy": bool(group["is_trustworthy"].all()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def markdown(runs: pd.DataFrame, axes: Sequence[str] = ()) -> str:
+    """A table of runs for people: latencies in ms, repeats averaged; a star where a client did not keep up."""
+    if runs.empty:
+        return "no finished runs\n"
+    by = list(dict.fromkeys(["system", "split", *(axis for axis in axes if axis in runs), "rate"]))
+    rows = []
+    for names, group in runs.groupby(by, sort=False, dropna=False):
+        row = {name: "-" if pd.isna(label) else _number(label) for name, label in zip(by, names, strict=True)}
+        row["runs"] = f"{len(group)}{'' if group['is_trustworthy'].all() else ' *'}"
+        for column, title, factor, digits in _SHOWN:
+            if column in group and column != "rate" and group[column].notna().any():
+                row[title] = f"{group[column].mean() * factor:.{digits}f}"
+        rows.append(row)
+    table = pd.DataFrame(rows).fillna("-")
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
+    note = (
+        []
+        if runs["is_trustworthy"].all()
+        else ["", "\\* the client did not keep up in at least one run: its latencies are partly its own."]
+    )
+    return "\n".join([*lines, *note]) + "\n"
+
+
+def _number(label: object) -> str:
+    return f"{label:g}" if isinstance(label, float) else str(label)
+
+
+def write_report(folder: str | Path) -> pd.DataFrame:
+    """results.csv, results.md and, where there are an SLO and rates, goodput.csv, in the sweep's folder; returns the runs."""
+    folder = Path(folder)
+    manifest, runs = read_manifest(folder), load_results(folder)
+    if runs.empty:
+        return runs
+    write_csv(runs, folder / "results.csv")
+    text = f"# {manifest.name}\n\n{markdown(runs, manifest.axes)}"
+    if manifest.slo and runs["rate"].notna().any():
+        table = goodput(runs, manifest.axes, target=manifest.target)
+        write_csv(table, folder / "goodput.csv")
+        text += f"\nGoodput at {manifest.target:.0%} attainment (requests/s per GPU, mean of the repeats):\n\n{_goodput_lines(table)}"
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    return runs
+
+
+def _goodput_lines(table: pd.DataFrame) -> str:
+    by = [name for name in table.columns[: list(table.columns).index("num_gpus")] if name != "repeat"]
+    lines = []
+    for names, group in table.groupby(by, sort=False, dropna=False):
+        what = " · ".join(str(name) for name in names if not pd.isna(name))
+        value = group["goodput_rps_per_gpu"].mean()
+        at_least = bool((group["goodput_rps_per_gpu"] * group["num_gpus"] >= group["max_rate"]).any())
+        lines.append(f"- {what}: {'at least ' if at_least else ''}{value:.3g}")
+    return "\n".join(lines) + "\n"
