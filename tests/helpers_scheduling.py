@@ -133,6 +133,7 @@ class FakeConnector:
     news: TransferNews = field(default_factory=TransferNews)
     keeps_blocks: bool = True  # what on_finished answers
     remote: bool = True
+    unbegun: set[int] = field(default_factory=set)  # prompts that P has not begun
     announced: list[int] = field(default_factory=list)
     first_tokens: dict[int, int] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
@@ -142,6 +143,9 @@ class FakeConnector:
 
     def num_remote_tokens(self, seq: Sequence) -> int:
         return seq.num_prompt_tokens if self.remote else 0
+
+    def has_begun(self, seq: Sequence) -> bool:
+        return seq.seq_id not in self.unbegun
 
     def on_allocated(self, seq: Sequence) -> None:
         self.announced.append(seq.seq_id)

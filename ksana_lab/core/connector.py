@@ -73,6 +73,9 @@ class SchedulerConnector(Protocol):
     def num_remote_tokens(self, seq: Sequence) -> int:
         """D: how many prompt tokens' KV will arrive instead of being computed (0: compute it here)."""
 
+    def has_begun(self, seq: Sequence) -> bool:
+        """D: P has begun the prompt and will finish it whatever is admitted here, or there is no P to ask. P: not called."""
+
     def on_allocated(self, seq: Sequence) -> None:
         """Blocks for the whole prompt exist. D: announce them to P. P: called at first schedule, remember the sequence."""
 
@@ -101,6 +104,9 @@ class NoTransfer:
 
     def num_remote_tokens(self, seq: Sequence) -> int:
         return 0
+
+    def has_begun(self, seq: Sequence) -> bool:
+        return True
 
     def on_allocated(self, seq: Sequence) -> None: ...
 

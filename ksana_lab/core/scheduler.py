@@ -6,7 +6,8 @@ A sequence's way:                          ┌───────────�
 
 First come, first served. Running sequences go first, decodes before prefill chunks; what is left of the token budget goes to the head of
 the queue. Nothing deadlocks: a sequence is admitted only with blocks for every token it has; sequences that grow may take the blocks of
-newer ones (preemption by recompute); those that cannot be preempted (KV on its way in or out) end in bounded time by themselves.
+newer ones (preemption by recompute); those that cannot be preempted (KV on its way in or out) end in bounded time by themselves. Two nodes
+do not wait for each other either, though they may hear of requests in different order: see ``_room_for_unbegun``.
 
 ``schedule`` may be called once more before ``update`` of the step before it (pipeline depth 1): counters move when a step is scheduled, a
 sampled token that is not known yet counts as pending, and one that turns out to follow the end of its sequence is dropped. Blocks of a
@@ -64,6 +65,7 @@ class Scheduler:
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
         self._vocab_size = vocab_size  # None: token ids are not checked
         self.max_num_seqs = min(options.max_num_seqs, options.max_num_batched_tokens)  # so that every decode runs in every step
+        self._max_unbegun_blocks = blocks.num_blocks - blocks.num_blocks_for(self.max_model_len)
         self._events = events if events is not None and events.enabled else None
 
         # A living sequence is in exactly one of these, by seq_id.
@@ -212,7 +214,8 @@ class Scheduler:
         return num
 
     def _admit(self, step: SchedulerOutput, budget: int, now_ns: int) -> None:
-        """Strictly in order: when the head of the queue does not fit, nobody behind it goes first."""
+        """Strictly in order: when the head of the queue does not fit, nobody behind it goes first. (On a decode node a prompt that the
+        prefill node has not begun may have to step aside before that.)"""
         while (seq := self._head_of_queue()) is not None:
             if self._is_remote(seq):
                 if len(self.running) + len(self.ready) + len(self.waiting_kv) >= self._max_num_seqs_with_kv or not self._allocate(
@@ -236,7 +239,23 @@ class Scheduler:
     def _head_of_queue(self) -> Sequence | None:
         if self.preempted:
             return self.preempted[min(self.preempted)]
-        return next(iter(self.waiting.values()), None)
+        room: int | None = None
+        for seq in self.waiting.values():
+            if not self._is_remote(seq) or self.connector.has_begun(seq):
+                return seq
+            room = self._room_for_unbegun() if room is None else room
+            if self.blocks.num_blocks_for(seq.num_tokens) <= room:
+                return seq
+        return None
+
+    def _room_for_unbegun(self) -> int:
+        """Decode node: how many blocks may go to prompts that P has not begun. P may have no room for them before a prompt that it has
+        finished is fetched, and that one may be behind them in this queue. So they leave a place and the blocks of the longest sequence:
+        whatever P has begun gets in some day, P goes on, and they are begun in their turn."""
+        unbegun = [seq for seq in self.waiting_kv.values() if not self.connector.has_begun(seq)]
+        if len(unbegun) + 1 >= self._max_num_seqs_with_kv:
+            return 0
+        return self._max_unbegun_blocks - sum(len(seq.block_table) for seq in unbegun)
 
     def _allocate(self, seq: Sequence, now_ns: int) -> bool:
         """Blocks for every token ``seq`` has, and one to spare for each sequence that is growing, lest it be preempted at once."""

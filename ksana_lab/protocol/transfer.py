@@ -114,6 +114,14 @@ class Announce(msgspec.Struct, tag=True):
     num_cached_tokens: Count  # whole blocks that D has already; not to be sent
 
 
+class Begun(msgspec.Struct, tag=True):
+    """P -> D, for a prompt that D has not announced: P has blocks for it and will finish it by itself, or has given it up already (the
+    announcement is then answered by ``Failed``). Either way D need not fear to wait for it in vain."""
+
+    session: Id
+    key: TransferKey
+
+
 class FirstToken(msgspec.Struct, tag=True):
     """P -> D: what the prompt's last logits gave."""
 
@@ -151,7 +159,7 @@ class CancelDone(msgspec.Struct, tag=True):
 
 
 ToPrefill = Hello | Announce | Cancel | Ping | Bye
-ToDecode = Welcome | Refuse | Connected | FirstToken | Failed | CancelDone | Pong | Bye
+ToDecode = Welcome | Refuse | Connected | Begun | FirstToken | Failed | CancelDone | Pong | Bye
 
 
 # ---- engine -> its ranks ----------------------------------------------------------------------------------------------

@@ -84,10 +84,12 @@ class Coordinator:
         self.decode: DecodeLedger | None = None
         self._sessions: Acceptor | Dialer
         if self._is_prefill:
-            self._sessions = Acceptor(
+            self._sessions = acceptor = Acceptor(
                 self._router, shape=shape, incarnation=self.incarnation, checksum=options.checksum, attempt_timeout_s=attempt_s, owner=self
             )
-            self.prefill = PrefillLedger(self._num_ranks, lease_ns=lease_ns, claim_ns=max(lease_ns, timeout_ns), effects=self)
+            self.prefill = PrefillLedger(
+                self._num_ranks, lease_ns=lease_ns, claim_ns=max(lease_ns, timeout_ns), session_of=acceptor.session_of, effects=self
+            )
         else:
             self._sessions = dialer = Dialer(
                 self._context, own_address=self.address, shape=shape, endpoints=endpoints, incarnation=self.incarnation,
@@ -278,8 +280,9 @@ class Coordinator:
 
     def on_session_up(self, comm_key: str) -> None:
         self.connected = self._sessions.connected
-        if self.decode is not None:
-            self.decode.on_connected(comm_key)
+        ledger = self.prefill or self.decode
+        assert ledger is not None
+        ledger.on_connected(comm_key)
         self._recorder.instant("pair_connected", "transfer", comm_key=comm_key)
         self._wake()  # the registrar is told of connected pairs
 
@@ -299,7 +302,9 @@ class Coordinator:
             elif isinstance(message, wire.Cancel):
                 self.prefill.on_cancel(message, now_ns)
         elif self.decode is not None:
-            if isinstance(message, wire.FirstToken):
+            if isinstance(message, wire.Begun):
+                self.decode.on_begun(message)
+            elif isinstance(message, wire.FirstToken):
                 self.decode.on_first_token(message)
             elif isinstance(message, wire.Failed):
                 self.decode.on_failed(message)

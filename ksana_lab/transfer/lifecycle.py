@@ -28,10 +28,11 @@ MAX_TOMBSTONES = 4096
 class News:
     """For the scheduler's thread."""
 
-    kind: Literal["sent", "received", "doomed", "failed"]
-    seq_id: int
+    kind: Literal["sent", "received", "doomed", "failed", "begun"]
+    seq_id: int  # of "begun": -1, the request may not be here yet
     reason: str = ""
     first: FirstToken | None = None
+    key: TransferKey | None = None  # of "begun"
 
 
 class Effects(Protocol):
@@ -73,9 +74,11 @@ class PrefillEntry:
 class PrefillLedger:
     """P's requests, by key."""
 
-    def __init__(self, num_ranks: int, *, lease_ns: int, claim_ns: int, effects: Effects) -> None:
-        """``lease_ns``: how long a finished prompt waits for its announcement. ``claim_ns``: how long an announcement for its request."""
+    def __init__(self, num_ranks: int, *, lease_ns: int, claim_ns: int, session_of: Callable[[str], int], effects: Effects) -> None:
+        """``lease_ns``: how long a finished prompt waits for its announcement. ``claim_ns``: how long an announcement for its request.
+        ``session_of(comm_key)``: of the connected pair, else 0."""
         self._num_ranks, self._lease_ns, self._claim_ns, self._effects = num_ranks, lease_ns, claim_ns, effects
+        self._session_of = session_of
         self.entries: dict[TransferKey, PrefillEntry] = {}
         self.draining: dict[tuple[TransferKey, int, int], PrefillEntry] = {}  # by (key, serial, window)
         self._tombstones: OrderedDict[TransferKey, tuple[int, str]] = OrderedDict()  # failed before the other side spoke: (when, why)
@@ -92,8 +95,10 @@ class PrefillLedger:
         entry.seq_id, entry.serial, entry.num_tokens = seq_id, serial, num_tokens
         if (reason := self._exhume(key)) is not None:
             self._doom(entry, reason, now_ns)
-        else:
+        elif entry.session:
             self._compare(entry, now_ns)
+        else:
+            self._say_begun(key)
 
     def on_first_token(self, key: TransferKey, serial: int, first: FirstToken) -> None:
         entry = self._local(key, serial)
@@ -114,6 +119,7 @@ class PrefillLedger:
         if entry is None:
             if serial is None:
                 self._bury(key, reason, now_ns)
+                self._say_begun(key)
         elif entry.serial == (serial or 0):
             self._doom(entry, reason, now_ns, is_local=True)
 
@@ -142,6 +148,11 @@ class PrefillLedger:
                 self._effects.news(News("failed", entry.seq_id, entry.reason))
 
     # ---- the peer ----------------------------------------------------------------------------------------------------
+
+    def on_connected(self, comm_key: str) -> None:
+        for key in [*(e.key for e in self.entries.values() if not e.session), *self._tombstones]:
+            if key.comm_key == comm_key:
+                self._say_begun(key)
 
     def on_announce(self, message: wire.Announce, now_ns: int) -> None:
         key, entry = message.key, self.entries.get(message.key)
@@ -205,6 +216,10 @@ class PrefillLedger:
     def _local(self, key: TransferKey, serial: int) -> PrefillEntry | None:
         entry = self.entries.get(key)
         return entry if entry is not None and entry.seq_id is not None and entry.serial == serial else None
+
+    def _say_begun(self, key: TransferKey) -> None:
+        if session := self._session_of(key.comm_key):
+            self._effects.to_peer(session, wire.Begun(session, key))
 
     def _compare(self, entry: PrefillEntry, now_ns: int) -> None:
         """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete."""
@@ -372,6 +387,11 @@ class DecodeLedger:
         assert pair is not None
         for entry in [e for e in self.entries.values() if not e.session and e.key.comm_key == comm_key]:
             self._arm(entry, pair)
+
+    def on_begun(self, message: wire.Begun) -> None:
+        pair = self._pair_of(message.key.comm_key)
+        if pair is not None and pair.session == message.session:
+            self._effects.news(News("begun", -1, key=message.key))
 
     def on_first_token(self, message: wire.FirstToken) -> None:
         entry = self._alive(message.window)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,15 @@ from ksana_lab.protocol import transfer as wire
 from ksana_lab.protocol.engine import PeerUpdate, TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.transfer.coordinator import Coordinator
+from ksana_lab.transfer.lifecycle import News
 from ksana_lab.types import Role
 
 if TYPE_CHECKING:
     from ksana_lab.core.step import SchedulerOutput
 
 log = logging.getLogger(__name__)
+
+_MAX_BEGUN = 1 << 16  # far beyond what waits here; requests that never come must not pile up
 
 
 @dataclass(eq=False)
@@ -53,6 +57,7 @@ class KVSchedulerConnector:
         self._live: dict[int, _Local] = {}  # by seq_id
         self._by_key: dict[TransferKey, int] = {}
         self._received: set[int] = set()  # D: their KV is here, they run or wait to
+        self._begun: OrderedDict[TransferKey, None] = OrderedDict()  # D: what P said it has begun
         self._rejected: list[int] = []
         self._serials = itertools.count(1)
 
@@ -65,6 +70,10 @@ class KVSchedulerConnector:
 
     def num_remote_tokens(self, seq: Sequence) -> int:
         return 0 if self._is_prefill or seq.transfer is None else seq.num_prompt_tokens
+
+    def has_begun(self, seq: Sequence) -> bool:
+        key = seq.transfer
+        return key is None or key in self._begun or key.comm_key not in self._coordinator.connected
 
     def on_allocated(self, seq: Sequence) -> None:
         key = seq.transfer
@@ -114,6 +123,7 @@ class KVSchedulerConnector:
             if seq.seq_id in self._received:
                 self._received.remove(seq.seq_id)
             else:
+                self._begun.pop(seq.transfer, None)
                 self._give_up(seq.transfer, None, seq)  # it never had blocks; the peer need not wait for it
             return False
         if not local.is_finished:
@@ -136,12 +146,16 @@ class KVSchedulerConnector:
             out.failed[seq_id] = f"request id {local.key} of pair {local.key.comm_key} is in use on this node"
         self._rejected.clear()
         for news in self._coordinator.take_news():
+            if news.kind == "begun":
+                self._note_begun(news)
+                continue
             local = self._live[news.seq_id]
             if news.kind == "doomed":
                 if not local.is_finished:
                     out.doomed[news.seq_id] = news.reason
                 continue
             del self._live[news.seq_id], self._by_key[local.key]
+            self._begun.pop(local.key, None)
             if news.kind == "sent":
                 out.sent.append(news.seq_id)
             elif news.kind == "received" and not local.is_finished:
@@ -179,6 +193,12 @@ class KVSchedulerConnector:
         self._coordinator.close()
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _note_begun(self, news: News) -> None:
+        assert news.key is not None
+        self._begun[news.key] = None
+        if len(self._begun) > _MAX_BEGUN:
+            self._begun.popitem(last=False)
 
     def _blocks(self, seq: Sequence, num_tokens: int) -> tuple[int, ...]:
         return tuple(seq.block_table[: -(-num_tokens // self._block_size)])

@@ -98,6 +98,10 @@ class Acceptor:
     def connected(self) -> list[str]:
         return sorted(s.hello.comm_key for s in self._sessions.values() if s.is_connected)
 
+    def session_of(self, comm_key: str) -> int:
+        """Of the connected pair; 0 when it is not."""
+        return next((s.session for s in self._sessions.values() if s.is_connected and s.hello.comm_key == comm_key), 0)
+
     def describe(self) -> dict[str, str]:
         """State of every pair, in words."""
         states = dict.fromkeys(self._comm_ids, "waiting for the decode node to call")

@@ -88,6 +88,31 @@ def test_two_prompts_that_do_not_fit_together_come_one_after_the_other():
     assert connector.announced == [0, 1]
 
 
+def test_a_prompt_that_p_has_begun_goes_before_one_that_it_has_not_when_room_is_scarce():
+    sched, connector, work = decode_node(num_blocks=6)
+    connector.unbegun.add(0)
+    for seq_id in (0, 1):
+        sched.add(sequence(seq_id, 15, 2, key=True))
+    work.turn()
+    assert connector.announced == [1]
+    connector.unbegun.clear()
+    work.turn()
+    assert connector.announced == [1] and list(sched.waiting) == [0]  # no room yet, but it is its turn
+
+
+@pytest.mark.parametrize(("max_len", "places", "announced"), [(16, 9, [0, 1, 2]), (32, 9, [0, 1]), (16, 2, [0])])
+def test_prompts_that_p_has_not_begun_leave_a_place_and_room_for_the_longest_sequence(max_len, places, announced):
+    sched, connector, work = decode_node(num_blocks=16, max_len=max_len, max_num_seqs=1, max_num_pretransfer_seqs=places - 1)
+    connector.unbegun.update(range(4))
+    for seq_id in range(4):
+        sched.add(sequence(seq_id, 15, 1, key=True))
+    work.turn()
+    assert connector.announced == announced
+    sched.add(begun := sequence(9, max_len - 1, 1, key=True))
+    work.turn()
+    assert connector.announced == [*announced, begun.seq_id]
+
+
 def test_preemption_on_a_decode_node_recomputes_locally():
     sched, connector, work = decode_node(num_blocks=8)
     connector.keeps_blocks = False

@@ -58,6 +58,9 @@ class Peer:
                 news.failed[seq.seq_id] = "cut"
             elif fate < 0.4:
                 news.doomed[seq.seq_id] = "cut"
+        for seq_id in list(sched.connector.unbegun):
+            if is_draining or self.dice.random() < 0.2:
+                sched.connector.unbegun.discard(seq_id)
         for seq_id in list(sched.held):
             if is_draining or self.dice.random() < 0.3:
                 if sched.role is Role.PREFILL and self.dice.random() < 0.7:
@@ -85,6 +88,8 @@ def play(setup, stream, seed, role, depth):
     for number, (size, max_tokens, kind, has_key) in enumerate(stream):
         prompt = [(kind + i) % 49 for i in range(size)]  # few distinct prompts: prefixes are shared
         seq = sequence(number, prompt, max_tokens, key=has_key and role.is_disaggregated, arrival_ns=work.now_ns)
+        if connector and dice.random() < 0.5:
+            connector.unbegun.add(number)
         try:
             sched.add(seq)
             seqs[seq.request_id] = seq

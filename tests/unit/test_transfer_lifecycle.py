@@ -50,9 +50,9 @@ def cancel(window=WINDOW) -> wire.Cancel:
 
 @pytest.fixture
 def p():
-    said = Said()
-    ledger = PrefillLedger(2, lease_ns=60 * S, claim_ns=600 * S, effects=said)
-    ledger.said = said
+    said, sessions = Said(), {}
+    ledger = PrefillLedger(2, lease_ns=60 * S, claim_ns=600 * S, session_of=lambda key: sessions.get(key, 0), effects=said)
+    ledger.said, ledger.sessions = said, sessions
     return ledger
 
 
@@ -75,6 +75,33 @@ def test_p_is_done_when_all_ranks_have_sent_and_the_scheduler_is_done(p, announc
     assert p.said.take() == ["peer:FirstToken", "ranks:Target"]
     p.on_finished(KEY, SERIAL, 0)
     assert p.said.take() == ["news:sent"] and not p.entries
+
+
+def test_p_tells_a_connected_d_what_it_has_begun_before_it_was_announced(p):
+    p.sessions[KEY.comm_key] = SESSION
+    p.on_local(KEY, SEQ, SERIAL, 8, 0)
+    assert p.said.peer == [wire.Begun(SESSION, KEY)]
+    p.on_announce(announce(), 0)
+    p.on_abort(KEY, SERIAL, "client left", 0)
+    assert "peer:Begun" not in p.said.take()[1:]
+
+
+def test_d_need_not_wait_for_a_prompt_that_p_gave_up_before_it_began(p):
+    p.sessions[KEY.comm_key] = SESSION
+    p.on_abort(KEY, None, "queue full", 0)
+    assert p.said.take() == ["peer:Begun"]
+    p.on_announce(announce(), 0)
+    assert p.said.take() == ["peer:Failed", "peer:CancelDone"]
+
+
+def test_p_tells_what_it_has_begun_when_d_connects(p):
+    given_up = TransferKey(KEY.comm_key, 8)
+    p.on_local(KEY, SEQ, SERIAL, 8, 0)
+    p.on_abort(given_up, None, "queue full", 0)
+    p.on_local(TransferKey("p:1__e:1", 9), 4, 2, 8, 0)
+    p.sessions[KEY.comm_key] = SESSION
+    p.on_connected(KEY.comm_key)
+    assert [m.key for m in p.said.peer] == [KEY, given_up]
 
 
 def test_p_keeps_the_first_token_for_a_late_announcement(p):
@@ -220,6 +247,12 @@ def test_d_announces_only_when_every_rank_accepts_writes(d):
     assert d.said.take() == ["ranks:Expect"]
     d.on_armed(1, window)
     assert d.said.take() == ["peer:Announce"]
+
+
+def test_d_passes_on_what_p_has_begun_also_before_it_has_the_request(d):
+    d.on_begun(wire.Begun(SESSION, KEY))
+    d.on_begun(wire.Begun(SESSION + 1, KEY))
+    assert [(n.kind, n.key) for n in d.said.news_] == [("begun", KEY)]
 
 
 def test_d_runs_a_sequence_when_all_ranks_and_the_first_token_are_there(d):
