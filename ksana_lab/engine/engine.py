@@ -136,12 +136,23 @@ class Engine:
         if out.is_empty:
             self._executor.skip(out)
         else:
-            self._inflight.append((out, self._executor.submit(out), time.monotonic_ns()))
+            self._inflight.append(self._submit(out))
         self.is_busy = bool(self._inflight)
         if self._inflight and (out.is_empty or len(self._inflight) > self._depth):
             self._finish_step()
         self._check_when_idle()
         return self.scheduler.take_updates()
+
+    def _submit(self, out: SchedulerOutput) -> tuple[SchedulerOutput, PendingTokens, int]:
+        assert self._executor is not None
+        start_ns = time.monotonic_ns()
+        if not self._recorder.annotates:
+            return out, self._executor.submit(out), start_ns
+        self._recorder.push("step", "step", step=out.step_id, num_tokens=out.num_tokens, num_decodes=out.num_decodes)
+        try:
+            return out, self._executor.submit(out), start_ns
+        finally:
+            self._recorder.pop()
 
     def _finish_step(self) -> None:
         out, pending, start_ns = self._inflight.popleft()
@@ -154,6 +165,7 @@ class Engine:
                 self._recorder.span(
                     "step", "step", start_ns, now_ns,
                     step=out.step_id, num_tokens=out.num_tokens, num_seqs=len(out.scheduled), num_decodes=out.num_decodes,
+                    seqs=[[item.seq.seq_id, item.start, item.num_tokens] for item in out.scheduled],
                 )  # fmt: skip
                 self._recorder.counter("blocks", "step", free=self.scheduler.blocks.num_free, held=len(self.scheduler.held))
 

@@ -4,7 +4,7 @@ Nothing here waits for the device but ``PendingTokens.result``. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ksana_lab.core.step import StepTokens
 from ksana_lab.engine.commands import StepCommand
 from ksana_lab.engine.cuda_graph import DecodeGraphs
 from ksana_lab.engine.input_batch import InputBatch, StepInputs
+from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.sampler import PLAIN_GREEDY, Sampled
 from ksana_lab.layers import fused
 from ksana_lab.models.decoder import Decoder
@@ -83,6 +84,7 @@ class ModelRunner:
         self._kv_layers: Sequence[Tensor] = ()
         self._brings_tokens_home = is_sampling_rank
         self._graphs: DecodeGraphs | None = None
+        self.layer_timer: LayerTimer | None = None  # only while something records
 
     def set_cache(self, kv_layers: Sequence[Tensor], connector: WorkerConnector | None) -> None:
         """``kv_layers``: per layer [num_blocks, 2, kv_heads, block_size, head_dim]."""
@@ -110,7 +112,7 @@ class ModelRunner:
         if self._graphs is not None and not is_watched and self._graphs.fits(inputs):
             sampled = self.sample_replayed(*self._graphs.replay(inputs), inputs)
         else:
-            hidden = self.forward(inputs)
+            hidden = self.forward(inputs, command.step_id)
             if not inputs.sample_seq_ids:
                 return NO_TOKENS
             sampled = self.sample(hidden, inputs)
@@ -119,11 +121,27 @@ class ModelRunner:
         num_logprobs = [self.batch.sampling.num_logprobs(row) for row in inputs.sample_rows] if sampled.logprobs else []
         return PendingTokens(inputs.sample_seq_ids, num_logprobs, sampled)
 
-    def forward(self, inputs: StepInputs) -> Tensor:
+    def forward(self, inputs: StepInputs, step_id: int = -1) -> Tensor:
         """Hidden states [T, hidden] of the step's tokens."""
-        on_layer_done = None if self.connector is None else self.connector.layer_done
+        on_layer_done = self._layer_listener(step_id)
         context = ForwardContext(inputs.attn, self._kv_layers, self.backend, on_layer_done)
         return self.model(inputs.input_ids, inputs.positions, context)
+
+    def _layer_listener(self, step_id: int) -> Callable[[int], None] | None:
+        tell = None if self.connector is None else self.connector.layer_done
+        timer = self.layer_timer
+        if timer is None:
+            return tell
+        timer.begin(step_id)
+        if tell is None:
+            return timer.layer_done
+        told = tell
+
+        def both(layer: int) -> None:
+            timer.layer_done(layer)
+            told(layer)
+
+        return both
 
     def sample(self, hidden: Tensor, inputs: StepInputs) -> Sampled:
         """A token for each sequence that samples; every rank comes to the same ones, from the same logits."""

@@ -15,6 +15,7 @@ from ksana_lab.config.engine import EngineConfig
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.engine.commands import StepCommand
 from ksana_lab.engine.kv_cache import allocate_plain, cpu_num_blocks, cuda_num_blocks, make_layer_views
+from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.model_runner import ModelRunner, PendingTokens
 from ksana_lab.errors import ConfigError
 from ksana_lab.layers.tp import TPGroup
@@ -110,7 +111,10 @@ class Worker:
                 device=self.device,
                 is_sampling_rank=rank == 0,
             )
-            self.connector = open_connector(config, rank, recorder or NullRecorder(), wake, ipc_dir)
+            recorder = recorder or NullRecorder()
+            if recorder.enabled:
+                self.runner.layer_timer = LayerTimer(recorder, self.device, rank, self.model_config.num_layers)
+            self.connector = open_connector(config, rank, recorder, wake, ipc_dir)
         except BaseException:
             self.close()
             raise
@@ -177,7 +181,9 @@ class Worker:
             self.connector.close()
             self.connector = None
         self.tp.close()
-        self.runner = None  # type: ignore[assignment]
+        runner, self.runner = getattr(self, "runner", None), None  # type: ignore[assignment]
+        if runner is not None and runner.layer_timer is not None:
+            runner.layer_timer.close()
 
     def _measure_workspace(self) -> int:
         """Bytes that the largest step allocates beside weights and cache."""

@@ -185,7 +185,7 @@ class Receiver:
                 "recv", "transfer", first_ns, now_ns,
                 request=str(news.key), layer=news.first_layer, layers=news.num_layers, bytes=news.nbytes, chunk=news.chunk,
                 peer=f"{incoming.message.peer}.{news.rank}", ready_ns=news.ready_ns, rank=self._rank, copies=news.num_copies,
-                tokens=[news.start, news.end],
+                pair=news.key.comm_key, tokens=[news.start, news.end],
             )  # fmt: skip
         if error_text is not None:
             log.error("KV of %s is unusable: %s", news.key, error_text)

@@ -466,7 +466,7 @@ class Sender:
                 "send", "transfer", flight.start_ns, now_ns,
                 request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), bytes=flight.nbytes, chunk=piece.chunk,
                 peer=f"{link.peer.name}.{link.rank}", ready_ns=piece.ready_ns, rank=self._rank, copies=flight.num_copies,
-                tokens=[piece.start, piece.end],
+                pair=out.key.comm_key, tokens=[piece.start, piece.end],
             )  # fmt: skip
 
     def _count(self, link: _PeerLink, flight: _Flight, now_ns: int) -> None:
