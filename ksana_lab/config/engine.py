@@ -66,6 +66,7 @@ class ConnectorOptions(Frozen):
     lease_s: float = Field(60.0, gt=0)  # how long P keeps a finished prompt's blocks for a D that says nothing
     transfer_mode: Literal["bulk", "chunk", "layer", "auto"] = "layer"
     layers_per_chunk: int = Field(1, ge=1)  # layer mode: layers sent together
+    bulk_below_tokens: int | None = Field(None, ge=0)  # shorter prompts go in bulk in every mode; None = 512 under auto, 0 else
     transfer_batch: int = Field(1048576, ge=1)  # most block copies in one backend call
     num_send_threads: int = Field(4, ge=1)
     checksum: bool = False  # CRC-32 per piece, verified on D

@@ -217,6 +217,7 @@ KEYS: dict[str, Key] = {
     "ksana_lab.num_blocks": _to("cache.num_blocks", int),
     "ksana_lab.tokenizer_dir": _to("tokenizer.tokenizer_dir", str),
     "ksana_lab.transfer_mode": _to("connector.transfer_mode", str),
+    "ksana_lab.bulk_below_tokens": _to("connector.bulk_below_tokens", int),
     "ksana_lab.checksum": _to("connector.checksum", bool),
     "ksana_lab.lease_s": _to("connector.lease_s", float),
     "ksana_lab.link.bandwidth_gbps": _to("connector.link.bandwidth_gbps", float),

@@ -8,7 +8,8 @@ for one request and closes with it. And a *notice* delivered behind the bytes is
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -56,6 +57,28 @@ class Ticket(Protocol):
         """Block until ``done``, at most ``timeout_s``; returns ``done()``."""
 
 
+@runtime_checkable
+class DeviceTicket(Protocol):
+    """A ticket of a copy that a device makes, which knows its clock."""
+
+    @property
+    def wire_s(self) -> float:
+        """How long the copy took, once it is done."""
+
+    def since(self, event: Any) -> float:
+        """Seconds from ``event`` to the end of the copy; both are over."""
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """What a new link does, measured before it carries anything of a request."""
+
+    path: str  # in words: "NVLink peer access", "shared memory", …
+    bandwidth: float  # bytes/s
+    round_trip_s: float  # a notice and its acknowledgement
+    expected: float | None = None  # bytes/s that the hardware should give for such a burst; None = nobody knows
+
+
 class LinkEvents(Protocol):
     """What a link tells its owner, from a thread of the backend; must not block."""
 
@@ -68,6 +91,11 @@ class LinkEvents(Protocol):
 
 class Link(Protocol):
     """P's connected way into one rank's cache on D. ``write`` and ``notify`` are called from one sender thread; ``close`` from any."""
+
+    is_device_ordered: bool  # ``write`` returns at once and the device itself waits for ``after``
+
+    def examine(self, timeout_s: float) -> LinkReport:
+        """Measure the way, outside anybody's cache. Before the first ``write``. Raises TransferError when the peer does not answer."""
 
     def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
         """Start copying ``copies`` (int64 [n, 3]: offset here, offset there, bytes). ``after``: an event on whose completion the source

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,18 @@ class Coordinator:
 
     def stats(self) -> dict[str, float]:
         """Counters of the ranks, summed, and of the ledger. Read without a lock: each value by itself is right."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
+        links: dict[str, list[float]] = {}
         for counters in list(self._rank_counters.values()):
-            total.update(counters)
-        stats = {name: float(value) for name, value in total.items()}
+            for name, value in counters.items():
+                if name.startswith("link_"):
+                    links.setdefault(name, []).append(value)
+                else:
+                    total[name] += value
+        stats = dict(total)
+        stats |= {name: (max if name == "link_round_trip_s" else min)(values) for name, values in links.items()}  # the worst link's
+        if stats.get("wire_s"):
+            stats["hidden_fraction"] = 1.0 - min(1.0, stats["exposed_s"] / stats["wire_s"])
         stats["pairs_connected"] = float(len(self.connected))
         stats["bad_messages"] = float(self._sessions.num_bad_messages)
         if self.prefill is not None:

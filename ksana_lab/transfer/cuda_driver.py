@@ -17,6 +17,7 @@ from ksana_lab.errors import TransferError
 
 HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1
+_NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 
 _ptr = ctypes.c_uint64
 
@@ -87,6 +88,13 @@ class Driver:
         """Unmap what ``open`` mapped. No copy into it may be under way."""
         with self._on(device):
             self._call("cuIpcCloseMemHandle", _ptr(address))
+
+    def has_peer_atomics(self, device: int, peer: int) -> bool:
+        """Whether ``device`` has native atomics on ``peer``'s memory: over NVLink it has."""
+        value = ctypes.c_int()
+        with self._on(device):
+            self._call("cuDeviceGetP2PAttribute", ctypes.byref(value), _NATIVE_ATOMICS, device, peer)
+        return bool(value.value)
 
     def copy_async(self, dst: int, src: int, nbytes: int, stream: int, device: int) -> None:
         with self._on(device):

@@ -15,7 +15,7 @@ PIECE_BYTES = 32768  # one program's unit of work
 WORD = 8  # bytes; every offset and size must be a multiple of 16 for full-width accesses
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pieces"])  # one compilation, made when a pair connects
 def _copy_pieces(src_base, dst_base, table, num_pieces, BLOCK: tl.constexpr):
     piece = tl.program_id(0)
     step = tl.num_programs(0)

@@ -29,8 +29,16 @@ class LayerTracker:
     """``begin_step`` and ``layer_done`` are called by the model's thread; ``on_layer(step, layer)`` in the order of the calls, on that
     thread (CPU) or on the tracker's (CUDA, where ``make_event`` makes one event)."""
 
-    def __init__(self, num_layers: int, on_layer: Callable[[int, int], None], make_event: Callable[[], Event] | None = None) -> None:
-        self._num_layers, self._on_layer, self._make_event = num_layers, on_layer, make_event
+    def __init__(
+        self,
+        num_layers: int,
+        on_layer: Callable[[int, int], None],
+        make_event: Callable[[], Event] | None = None,
+        on_posted: Callable[[int, int, Event], None] | None = None,
+    ) -> None:
+        """``on_posted(step, layer, event)``: on the model's thread, when the device was given the layer's kernels; it may keep the event,
+        which is then not used again."""
+        self._num_layers, self._on_layer, self._make_event, self._on_posted = num_layers, on_layer, make_event, on_posted
         self._step: int | None = None
         self._next_layer = 0
         self._free: list[Event] = []  # used by the model's thread; appended to by the waiting one (atomic)
@@ -63,13 +71,16 @@ class LayerTracker:
         event = self._free.pop() if self._free else self._make_event()
         event.record()
         self._pending.put((self._step, layer, event))
+        if self._on_posted is not None:
+            self._on_posted(self._step, layer, event)
 
     def _wait_in_order(self) -> None:
         try:
             while (item := self._pending.get()) is not None:
                 step, layer, event = item
                 event.synchronize()
-                self._free.append(event)
+                if self._on_posted is None:
+                    self._free.append(event)
                 self._on_layer(step, layer)
         except Exception as error:  # shown to the engine by the next begin_step
             log.exception("the layer tracker stopped")

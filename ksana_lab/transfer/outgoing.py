@@ -7,7 +7,7 @@ prompt; whatever lies ready because the announcement or the link was late goes i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from ksana_lab.core.connector import SendStep
 from ksana_lab.protocol.engine import TransferKey
@@ -20,23 +20,69 @@ L = TypeVar("L")
 # lie between 256 and 512 tokens); above it a piece should be large enough to be carried at the wire's speed.
 AUTO_BULK_TOKENS = 512
 AUTO_PIECE_BYTES = 1 << 20
+_AUTO_GROUPS = (1, 2, 4, 8, 16)
+_AUTO_MIN_GAIN_S = 100e-6  # what pieces must save over bulk before they are worth their handling
 
 
-def choose_mode(option: str, layers_per_chunk: int, num_tokens: int, layer_bytes: int) -> tuple[Mode, int]:
-    """(mode, layers per piece) for a prompt of which ``num_tokens`` are to be sent, ``layer_bytes`` per layer."""
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured of a link and of the prefill that it serves."""
+
+    bandwidth: float  # bytes/s, an emulated link's included
+    piece_s: float  # handling of one piece beside its bytes
+    layer_s: float  # computing one layer of this prompt
+
+
+def exposed_s(layer_bytes: int, num_layers: int, group: int, speeds: Speeds) -> float:
+    """What a prompt's transfer takes after its last layer is computed, in pieces of ``group`` layers: the largest backlog, over all
+    pieces j, of the pieces from j on less the computing after j. ``group`` = ``num_layers`` is bulk."""
+    backlog = 0.0
+    for first in range(0, num_layers, group):
+        layers = min(group, num_layers - first)
+        computing = layers * speeds.layer_s if first else 0.0  # while this piece was computed, earlier ones were sent
+        backlog = max(0.0, backlog - computing) + layers * layer_bytes / speeds.bandwidth + speeds.piece_s
+    return backlog
+
+
+def choose_mode(
+    option: str,
+    layers_per_chunk: int,
+    num_tokens: int,
+    layer_bytes: int,
+    *,
+    num_layers: int = 1,
+    speeds: Speeds | None = None,
+    bulk_below: int | None = None,
+) -> tuple[Mode, int]:
+    """(mode, layers per piece) for a prompt of which ``num_tokens`` are to be sent, ``layer_bytes`` per layer.
+
+    Shorter than ``bulk_below`` goes in bulk in every mode (None: AUTO_BULK_TOKENS under ``auto``, no minimum else). ``auto`` takes the
+    group that leaves least exposed at the measured ``speeds``, the largest of those within 5% of it, and bulk where that saves less than
+    0.1 ms; without measurements, groups of at least AUTO_PIECE_BYTES."""
+    minimum = (AUTO_BULK_TOKENS if option == "auto" else 0) if bulk_below is None else bulk_below
+    if num_tokens < minimum:
+        return "bulk", layers_per_chunk
     if option != "auto":
         return option, layers_per_chunk  # type: ignore[return-value]
-    if num_tokens < AUTO_BULK_TOKENS:
+    if speeds is None:
+        return "layer", max(layers_per_chunk, -(-AUTO_PIECE_BYTES // max(1, layer_bytes)))
+    groups = sorted({max(layers_per_chunk, group) for group in _AUTO_GROUPS})
+    exposed = {group: exposed_s(layer_bytes, num_layers, group, speeds) for group in groups}
+    best = min(exposed.values())
+    if exposed_s(layer_bytes, num_layers, num_layers, speeds) - best < _AUTO_MIN_GAIN_S:
         return "bulk", layers_per_chunk
-    return "layer", max(layers_per_chunk, -(-AUTO_PIECE_BYTES // max(1, layer_bytes)))
+    return "layer", max(group for group, seconds in exposed.items() if seconds <= 1.05 * best)
 
 
 @dataclass(eq=False)
 class Step:
-    """One forward pass: how many of its layers are done, and when each was (monotonic ns)."""
+    """One forward pass: how many of its layers are done, and when each was (monotonic ns). ``events``: of the layers whose kernels a
+    device was given, done or not."""
 
     num_layers: int
     ready_ns: list[int] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+    num_tokens: int = 0  # of prompts that are sent
 
     @property
     def num_ready(self) -> int:
@@ -46,6 +92,10 @@ class Step:
     def is_done(self) -> bool:
         return len(self.ready_ns) == self.num_layers
 
+    @property
+    def is_posted(self) -> bool:
+        return self.is_done or len(self.events) == self.num_layers
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -53,7 +103,21 @@ class Piece:
     end: int
     layers: range
     chunk: int  # the first prefill chunk it is of
-    ready_ns: int  # when the last of it was computed
+    step: Step  # the pass that computes the last of it
+
+    @property
+    def is_ready(self) -> bool:
+        return self.step.num_ready >= self.layers.stop
+
+    @property
+    def ready_ns(self) -> int:
+        """When the last of it was computed; 0 = not yet."""
+        return self.step.ready_ns[self.layers.stop - 1] if self.is_ready else 0
+
+    @property
+    def after(self) -> Any:
+        """The event that its copy must wait for; None when it is computed."""
+        return None if self.is_ready else self.step.events[self.layers.stop - 1]
 
 
 @dataclass(eq=False)
@@ -91,11 +155,14 @@ class Outgoing(Generic[L]):
     group: int = 1
     num_writing: int = 0  # pieces whose bytes a backend is reading now
     is_dropped: bool = False
+    is_early: bool = False  # pieces may be taken as soon as the device was given their kernels: the copy waits for them there
+    plans: dict[tuple[int, ...], Any] = field(default_factory=dict)  # the sender's, of copies worked out before
 
     def add(self, send: SendStep, step: Step) -> None:
         """The step that computes tokens [send.start, send.end). A new attempt starts from nothing."""
         if send.attempt != self.attempt or not self.chunks:
             self.attempt, self.chunks, self.is_complete = send.attempt, [], False
+            self.plans.clear()
             for route in self.routes:
                 route.chunk = route.layer = route.num_unacked = 0
         # A block that the next chunk goes on filling travels with that chunk: whole blocks are few large copies.
@@ -106,36 +173,50 @@ class Outgoing(Generic[L]):
 
     def take(self, route: Route[L]) -> Piece | None:
         """The next piece for this route, and count it as handed out; None when there is nothing to send now."""
-        if self.target is None or self.is_dropped or (self.mode == "bulk" and not self.is_computed):
+        if self.target is None or self.is_dropped or (self.mode == "bulk" and not self._is_bulk_due):
             return None
         while route.chunk < len(self.chunks):
             chunk, number = self.chunks[route.chunk], route.chunk
             start = max(chunk.start, self.target.num_cached_tokens)
-            if route.layer == 0 and chunk.step.is_done:
-                end, ready_ns = self._take_done_chunks(route)
+            if route.layer == 0 and (chunk.step.is_done or self.mode == "bulk"):
+                end, step = self._take_whole_chunks(route)
                 layers = range(self.num_layers)
             else:
-                ready = self._num_layers_to_flush(chunk.step)
+                ready = self._num_layers_to_flush(chunk.step, route.layer)
                 if ready <= route.layer:
                     return None
-                end, layers, ready_ns = chunk.end, range(route.layer, ready), chunk.step.ready_ns[ready - 1]
+                end, layers, step = chunk.end, range(route.layer, ready), chunk.step
                 route.chunk, route.layer = (route.chunk + 1, 0) if ready == self.num_layers else (route.chunk, ready)
             if start < end:
                 route.num_unacked += 1
-                return Piece(start, end, layers, number, ready_ns)
+                return Piece(start, end, layers, number, step)
         return None
 
-    def _take_done_chunks(self, route: Route[L]) -> tuple[int, int]:
-        """Hand out every completely computed chunk from here on; returns (end token, when the last became ready)."""
-        while route.chunk < len(self.chunks) and (chunk := self.chunks[route.chunk]).step.is_done:
+    def _take_whole_chunks(self, route: Route[L]) -> tuple[int, Step]:
+        """Hand out every completely computed chunk from here on, in bulk mode every chunk; returns (end token, the last's step)."""
+        while route.chunk < len(self.chunks) and ((chunk := self.chunks[route.chunk]).step.is_done or self.mode == "bulk"):
             route.chunk += 1
-            end, ready_ns = chunk.end, chunk.step.ready_ns[-1]
-        return end, ready_ns
+            end, step = chunk.end, chunk.step
+        return end, step
 
-    def _num_layers_to_flush(self, step: Step) -> int:
+    def _num_layers_to_flush(self, step: Step, first: int) -> int:
         if step.is_done:
             return self.num_layers
-        return step.num_ready - step.num_ready % self.group if self.mode == "layer" else 0
+        if self.mode != "layer":
+            return self.num_layers if self.is_early and step.is_posted else 0
+        ready = step.num_ready - step.num_ready % self.group
+        if ready <= first and self.is_early:  # one group at a time: the copy of each begins when that group is computed
+            posted = min(first + self.group, self.num_layers)
+            return posted if len(step.events) >= posted else 0
+        return ready
+
+    @property
+    def _is_bulk_due(self) -> bool:
+        return self.is_complete and (self.chunks[-1].step.is_posted if self.is_early else self.chunks[-1].step.is_done)
+
+    @property
+    def last_step(self) -> Step | None:
+        return self.chunks[-1].step if self.is_complete else None
 
     @property
     def is_computed(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +18,8 @@ import torch
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.tracing.recorder import NullRecorder
-from ksana_lab.transfer.backends.tcp import host_view
 from ksana_lab.transfer.base import TransferBackend
+from ksana_lab.transfer.checksum import crc_of
 from ksana_lab.transfer.plan import between, head_slices, slice_bytes
 
 log = logging.getLogger(__name__)
@@ -222,9 +221,7 @@ class Receiver:
         fits = (offsets >= 0) & (sizes >= 0) & (sizes <= total) & (offsets <= total - sizes)
         if not fits.all() or int(sizes.sum()) != notice.nbytes:
             return "malformed notice: spans outside the cache"
-        view, crc = host_view(self._cache, "checksum"), 0
-        for offset, nbytes in spans.tolist():
-            crc = zlib.crc32(view[offset : offset + nbytes], crc)
+        crc = crc_of(self._cache, spans)
         if crc == notice.crc:
             return None
         with self._lock:

@@ -14,32 +14,45 @@ from ksana_lab.transfer.base import TransferBackend
 log = logging.getLogger(__name__)
 
 _BACKENDS = {
+    "cuda_ipc": "ksana_lab.transfer.backends.cuda_ipc:CudaIpcBackend",
     "shm": "ksana_lab.transfer.backends.shm:ShmBackend",
     "tcp": "ksana_lab.transfer.backends.tcp:TcpBackend",
 }
-_NEEDS_CUDA = ("cuda_ipc", "nccl", "nixl")
+_IS_FOR_CUDA = {"cuda_ipc": True, "shm": False}  # tcp takes either kind of memory
+_ONE_HOST = ("cuda_ipc", "shm")
+_AUTO = {True: ("cuda_ipc", "tcp"), False: ("shm", "tcp")}
 
 
-def make_backend(name: str, host: str) -> TransferBackend:
-    """Raises TransferError for a backend that this machine or this version does not have."""
-    if name in _NEEDS_CUDA:
+def make_backend(name: str, host: str, *, on_gpu: bool = False) -> TransferBackend:
+    """``on_gpu``: the cache lies on a GPU. Raises TransferError for a backend that this machine, this version or this memory does not
+    have."""
+    if name not in _BACKENDS:
+        raise TransferError(f"transfer backend {name!r} is not in this version; choose {', '.join(_BACKENDS)} or auto")
+    if _IS_FOR_CUDA.get(name, on_gpu) != on_gpu:
+        if on_gpu:
+            raise TransferError(f"transfer backend {name!r} keeps the cache in host memory; on a GPU choose cuda_ipc, tcp or auto")
         raise TransferError(f"transfer backend {name!r} needs CUDA, and this node runs on the CPU; choose tcp, shm or auto")
     module, _, attribute = _BACKENDS[name].partition(":")
     cls: Any = getattr(importlib.import_module(module), attribute)
     return cls(host) if name == "tcp" else cls()
 
 
-def make_backends(option: str, host: str) -> list[TransferBackend]:
-    """The backends of a node whose YAML says ``option``, best first. ``auto`` on CPUs: shm and tcp; a pair on one host then uses shm."""
+def make_backends(option: str, host: str, *, on_gpu: bool = False) -> list[TransferBackend]:
+    """The backends of a node whose YAML says ``option``, best first. ``auto`` on GPUs: cuda_ipc and tcp; on CPUs: shm and tcp. A pair
+    uses the first that both have and that reaches: on one host cuda_ipc or shm, else tcp."""
     if option != "auto":
-        return [make_backend(option, host)]
+        return [make_backend(option, host, on_gpu=on_gpu)]
     backends = []
-    for name in ("shm", "tcp"):
+    for name in _AUTO[on_gpu]:
         try:
-            backends.append(make_backend(name, host))
+            backends.append(make_backend(name, host, on_gpu=on_gpu))
         except TransferError as error:
             log.info("not offering %s: %s", name, error)
     return backends
+
+
+def needs_one_host(name: str) -> bool:
+    return name in _ONE_HOST
 
 
 def host_id() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,19 +23,23 @@ from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
-from ksana_lab.transfer.backends.tcp import host_view
-from ksana_lab.transfer.base import Link, Ticket, TransferBackend
+from ksana_lab.transfer.base import DeviceTicket, Link, LinkReport, Ticket, TransferBackend
+from ksana_lab.transfer.checksum import crc_of
 from ksana_lab.transfer.layer_tracker import LayerTracker
 from ksana_lab.transfer.link import Pacer, Pacers
-from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Step, choose_mode
+from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Speeds, Step, choose_mode
 from ksana_lab.transfer.plan import Copies, HeadSlice, between, copies, head_slices, rank_layout, slice_bytes
-from ksana_lab.transfer.registry import host_id
+from ksana_lab.transfer.registry import host_id, needs_one_host
 
 log = logging.getLogger(__name__)
 
 _MAX_TOMBSTONES = 4096
+_MAX_PLANS = 8
+_SLOW_LINK = 0.5  # of what the hardware should give: below it the doctor warns
+_EXAMINE_S = 10.0
+_KEEP = 0.8  # of the old value in a running mean
 _NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is its owner's alone
-_POLL_DEVICE_S = 50e-6  # how often a copy that a device is making is looked at, while there is one
+_POLL_DEVICE_S = 20e-6  # how often a copy that a device is making is looked at, while there is one
 
 
 @dataclass(eq=False)
@@ -52,8 +55,11 @@ class _Flight:
     nbytes: int = 0
     num_copies: int = 0
     tickets: list[Ticket] = field(default_factory=list)
+    post_s: float = 0.0
+    device_wire_s: float = 0.0
+    device_exposed_s: float = 0.0  # of the prompt, on its last piece
     is_written: bool = False
-    notice: bytes = b""
+    notice: wire.Notice | None = None
 
 
 @dataclass(eq=False)
@@ -68,6 +74,7 @@ class _PeerLink:
     thread: _SendThread | None = None
     written: deque[_Flight] = field(default_factory=deque)  # bytes handed to the backend, notice not sent yet
     unacked: dict[int, _Flight] = field(default_factory=dict)  # by token
+    report: LinkReport | None = None
     is_lost: bool = False
     wire_until_ns: int = 0
 
@@ -122,12 +129,21 @@ class Sender:
         self._next_token = 0
         self._is_closed = False
         self._counters = dict.fromkeys(
-            ("bytes_sent", "transfers", "copies", "requests_sent_ranks", "wire_s", "exposed_s", "send_failures", "connect_retries"), 0.0
+            (
+                "bytes_sent", "transfers", "copies", "requests_sent_ranks", "post_s", "wire_s", "exposed_s", "device_wire_s",
+                "device_exposed_s", "send_failures", "connect_retries",
+            ),
+            0.0,
+        )  # fmt: skip
+        self._reports: dict[str, LinkReport] = {}  # by "peer.rank"
+        self._layer_s_per_token = 0.0  # computing, as measured; 0 = not yet
+        is_cuda = cache.device.type == "cuda"
+        self._tracker = LayerTracker(
+            layout.num_layers,
+            self._on_layer,
+            make_event=(lambda: torch.cuda.Event(enable_timing=True, blocking=True)) if is_cuda else None,
+            on_posted=self._on_posted if is_cuda and any(backend.name == "cuda_ipc" for backend in backends) else None,
         )
-        make_event = None
-        if cache.device.type == "cuda":
-            make_event = lambda: torch.cuda.Event(blocking=True)  # noqa: E731
-        self._tracker = LayerTracker(layout.num_layers, self._on_layer, make_event)
 
     # ---- the model's thread ------------------------------------------------------------------------------------------
 
@@ -136,7 +152,7 @@ class Sender:
         if not sends:
             self._tracker.begin_step(None)
             return
-        step = Step(self._layout.num_layers)
+        step = Step(self._layout.num_layers, num_tokens=sum(send.end - send.start for send in sends))
         with self._lock:
             number = self._next_step
             self._next_step += 1
@@ -148,6 +164,11 @@ class Sender:
     def layer_done(self, layer: int) -> None:
         self._tracker.layer_done(layer)
 
+    def _on_posted(self, number: int, layer: int, event: object) -> None:
+        with self._lock:
+            self._steps[number].events.append(event)
+            self._wake_senders()
+
     def _on_layer(self, number: int, layer: int) -> None:
         now_ns = time.monotonic_ns()
         with self._lock:
@@ -155,8 +176,27 @@ class Sender:
             step.ready_ns.append(now_ns)
             if step.is_done:
                 del self._steps[number]
+                self._learn(step)
                 self._report_sent([out for out in self._outgoing.values() if out.chunks and out.chunks[-1].step is step], now_ns)
             self._wake_senders()
+
+    def _learn(self, step: Step) -> None:
+        """How fast this node computes; a step's first layer is left out, since work before it counts there."""
+        if step.num_layers < 2 or not step.num_tokens:
+            return
+        measured = (step.ready_ns[-1] - step.ready_ns[0]) / 1e9 / (step.num_layers - 1) / step.num_tokens
+        old = self._layer_s_per_token
+        self._layer_s_per_token = measured if not old else _KEEP * old + (1 - _KEEP) * measured
+
+    def _speeds(self, links: Sequence[_PeerLink], num_tokens: int) -> Speeds | None:
+        """For ``auto``: what the doctor measured of the slowest link, and what prefill showed."""
+        reports = [link.report for link in links if link.report is not None]
+        if not reports or not self._layer_s_per_token:
+            return None
+        bandwidth = min(report.bandwidth for report in reports)
+        if self._options.link.bandwidth_gbps is not None:
+            bandwidth = min(bandwidth, self._options.link.bandwidth_gbps * 1e9 / 8 / self._tp_size)
+        return Speeds(bandwidth, max(report.round_trip_s for report in reports), self._layer_s_per_token * num_tokens)
 
     def _add(self, send: SendStep, step: Step) -> None:
         if self._tombstones.get(send.key, -1) >= send.serial:
@@ -199,7 +239,18 @@ class Sender:
             out.routes = [Route(link) for link in peer.links.values()]
             num_tokens = message.num_tokens - message.num_cached_tokens
             layer_bytes = max((slice_bytes(self._layout, link.slices, num_tokens, 1) for link in peer.links.values()), default=0)
-            out.mode, out.group = choose_mode(self._options.transfer_mode, self._options.layers_per_chunk, num_tokens, layer_bytes)
+            links, options = list(peer.links.values()), self._options
+            out.mode, out.group = choose_mode(
+                options.transfer_mode, options.layers_per_chunk, num_tokens, layer_bytes,
+                num_layers=self._layout.num_layers, speeds=self._speeds(links, num_tokens), bulk_below=options.bulk_below_tokens,
+            )  # fmt: skip
+            # An emulated link starts a piece when it is computed, and a checksum reads it then: both need to know when that is.
+            has_emulation = options.link.bandwidth_gbps is not None or options.link.latency_us > 0
+            out.is_early = (
+                all(link.link is not None and link.link.is_device_ordered for link in links)
+                and not has_emulation
+                and not (options.checksum or peer.wants_checksum)
+            )
             self._report_sent([out], time.monotonic_ns())
             self._wake_senders()
 
@@ -222,7 +273,21 @@ class Sender:
 
     def stats(self) -> dict[str, float]:
         with self._lock:
-            return dict(self._counters)
+            counters, reports = dict(self._counters), list(self._reports.values())
+        if reports:
+            counters["link_bytes_per_s"] = min(report.bandwidth for report in reports)
+            counters["link_round_trip_s"] = max(report.round_trip_s for report in reports)
+            counters["link_share_of_expected"] = min((r.bandwidth / r.expected for r in reports if r.expected), default=1.0)
+        return counters
+
+    def reconfigure(self, options: ConnectorOptions) -> None:
+        """Mode, grouping and emulated link of what is announced from now on. Nothing may be under way."""
+        with self._lock:
+            assert not self._outgoing, "a prompt is being sent"
+            self._options = options
+            self._pacers = Pacers(options.link, self._tp_size)
+            for peer in self._peers.values():
+                peer.pacer = self._pacers.make()
 
     def close(self) -> None:
         """Stops sending; links are closed. May be called twice."""
@@ -258,6 +323,26 @@ class Sender:
         else:
             self._report(wire.PeerConnected(self._rank, message.session))
 
+    def _examine(self, link: Link, name: str, where: str) -> LinkReport:
+        """The doctor: what the new link really does, against what the hardware should give."""
+        report = link.examine(_EXAMINE_S)
+        found = f"{report.path}: {report.bandwidth / 1e9:.2f} GB/s, round trip {report.round_trip_s * 1e6:.0f} us"
+        if report.expected is not None and report.bandwidth < _SLOW_LINK * report.expected:
+            log.warning(
+                "the KV link to %s by %s is slow: %s, where %.2f GB/s were to be expected; check the topology (nvidia-smi topo -m), "
+                "what else uses the link, and communication_type",
+                where, name, found, report.expected / 1e9,
+            )  # fmt: skip
+        else:
+            log.info("KV link to %s by %s: %s", where, name, found)
+        self._recorder.instant(
+            "link", "transfer", peer=where, backend=name, path=report.path, bandwidth=report.bandwidth,
+            round_trip_s=report.round_trip_s, expected=report.expected,
+        )  # fmt: skip
+        with self._lock:
+            self._reports[where] = report
+        return report
+
     def _reach(self, endpoint: wire.Endpoint, message: wire.ConnectPeer, link: _PeerLink) -> Link:
         """By the best backend that both sides have. Raises TransferError that names what was tried."""
         tried = []
@@ -265,12 +350,18 @@ class Sender:
             address = endpoint.backends.get(backend.name)
             if address is None:
                 continue
-            if backend.name == "shm" and endpoint.host_id != host_id():
-                tried.append("shm: the decode node is on another host")
+            if needs_one_host(backend.name) and endpoint.host_id != host_id():
+                tried.append(f"{backend.name}: the decode node is on another host")
                 continue
             try:
                 reached = backend.connect(address, self._cache, message.session, link, message.timeout_s)
             except TransferError as error:
+                tried.append(f"{backend.name}: {error}")
+                continue
+            try:
+                link.report = self._examine(reached, backend.name, f"{message.peer}.{endpoint.rank}")
+            except TransferError as error:
+                reached.close()
                 tried.append(f"{backend.name}: {error}")
                 continue
             log.info("rank %d reaches rank %d of %s by %s", self._rank, endpoint.rank, message.peer, backend.name)
@@ -337,6 +428,8 @@ class Sender:
         for link in links:
             while link.written:
                 flight = link.written[0]
+                if flight.tickets and not flight.piece.is_ready:
+                    break  # its copy waits on the device; the layer's end wakes us
                 if not self._is_written(link, flight):
                     wait_s = _sooner(wait_s, _POLL_DEVICE_S)
                     break
@@ -375,7 +468,20 @@ class Sender:
             self._report(wire.PeerLost(self._rank, link.peer.session, wire.clip(str(error))))
             return False
         self._set_written(flight)
+        self._measure(flight)
         return True
+
+    def _measure(self, flight: _Flight) -> None:
+        """By the device's own clock, where there is one."""
+        out, piece = flight.out, flight.piece
+        for ticket in flight.tickets:
+            if isinstance(ticket, DeviceTicket):
+                flight.device_wire_s += ticket.wire_s
+                is_last = out.is_complete and piece.end == out.chunks[-1].end and piece.layers.stop == self._layout.num_layers
+                if is_last and piece.step.events:
+                    flight.device_exposed_s = max(0.0, ticket.since(piece.step.events[-1]))
+        self._counters["device_wire_s"] += flight.device_wire_s
+        self._counters["device_exposed_s"] += flight.device_exposed_s
 
     def _set_written(self, flight: _Flight) -> None:
         """The source is not read any more."""
@@ -392,14 +498,14 @@ class Sender:
         out, piece = flight.out, flight.piece
         assert out.target is not None and link.link is not None
         try:
-            runs = copies(
-                self._layout, link.peer.layout, link.slices, out.block_table, out.target.blocks, piece.start, piece.end, piece.layers
-            )
+            begin = time.perf_counter()
+            runs = self._plan(link, out, piece)
             flight.num_copies = len(runs)
             flight.notice = self._notice(link, flight, runs)
-            batch = self._options.transfer_batch
+            batch, after = self._options.transfer_batch, piece.after
             for first in range(0, len(runs), batch):
-                flight.tickets.append(link.link.write(runs[first : first + batch], out.target.window))
+                flight.tickets.append(link.link.write(runs[first : first + batch], out.target.window, after))
+            flight.post_s = time.perf_counter() - begin
         except TransferError as error:
             log.warning("sending KV of %s to %s failed: %s", out.key, link.peer.name, error)
             with self._lock:
@@ -413,7 +519,26 @@ class Sender:
             else:
                 link.written.append(flight)
 
-    def _notice(self, link: _PeerLink, flight: _Flight, runs: Copies) -> bytes:
+    def _plan(self, link: _PeerLink, out: Outgoing[_PeerLink], piece: Piece) -> Copies:
+        """The runs of ``piece``. Other layers of the same tokens lie a constant distance away, so they are worked out once."""
+        assert out.target is not None
+        key, first = (link.rank, piece.start, piece.end, len(piece.layers)), piece.layers.start
+        known = out.plans.get(key)
+        if known is None:
+            runs = copies(
+                self._layout, link.peer.layout, link.slices, out.block_table, out.target.blocks, piece.start, piece.end, piece.layers
+            )
+            if len(out.plans) >= _MAX_PLANS:
+                out.plans.clear()
+            out.plans[key] = (first, runs)
+            return runs
+        base, runs = known
+        moved = runs.copy()
+        for column, layout in enumerate((self._layout, link.peer.layout)):
+            moved[:, column] += (layout.cell_offset(0, first) - layout.cell_offset(0, base)) if first != base else 0
+        return moved
+
+    def _notice(self, link: _PeerLink, flight: _Flight, runs: Copies) -> wire.Notice:
         out, piece = flight.out, flight.piece
         assert out.target is not None
         notice = wire.Notice(
@@ -422,25 +547,21 @@ class Sender:
             nbytes=flight.nbytes, num_copies=flight.num_copies, chunk=piece.chunk, ready_ns=piece.ready_ns,
         )  # fmt: skip
         if self._options.checksum or link.peer.wants_checksum:
-            notice.crc = self._crc(runs)
+            notice.crc = crc_of(self._cache, runs[:, [0, 2]])
             notice.spans = runs[:, 1:].astype("<i8").tobytes()
-        return msgspec.msgpack.encode(notice)
-
-    def _crc(self, runs: Copies) -> int:
-        view, crc = host_view(self._cache, "checksum"), 0
-        for offset, _, nbytes in runs.tolist():
-            crc = zlib.crc32(view[offset : offset + nbytes], crc)
-        return crc
+        return notice
 
     def _notify(self, link: _PeerLink, flight: _Flight) -> None:
         """Without the lock: say that the bytes are there."""
         out = flight.out
-        assert out.target is not None and link.link is not None
+        assert out.target is not None and link.link is not None and flight.notice is not None
+        flight.notice.ready_ns = ready_ns = flight.piece.ready_ns
+        flight.start_ns = max(flight.start_ns, ready_ns)
         with self._lock:
             token = self._next_token = self._next_token + 1
             link.unacked[token] = flight
         try:
-            link.link.notify(out.target.window, token, flight.notice)
+            link.link.notify(out.target.window, token, msgspec.msgpack.encode(flight.notice))
         except TransferError as error:
             log.warning("telling %s of KV of %s failed: %s", link.peer.name, out.key, error)  # the link tells of its end itself
 
@@ -462,11 +583,14 @@ class Sender:
             self._report_sent([out], now_ns)
         if self._recorder.enabled:
             piece = flight.piece
+            is_last = out.last_step is piece.step and piece.layers.stop == self._layout.num_layers
+            last_ready_ns = piece.ready_ns if is_last else 0
             self._recorder.span(
                 "send", "transfer", flight.start_ns, now_ns,
                 request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), bytes=flight.nbytes, chunk=piece.chunk,
                 peer=f"{link.peer.name}.{link.rank}", ready_ns=piece.ready_ns, rank=self._rank, copies=flight.num_copies,
-                pair=out.key.comm_key, tokens=[piece.start, piece.end],
+                pair=out.key.comm_key, tokens=[piece.start, piece.end], post_us=flight.post_s * 1e6, wire_us=flight.device_wire_s * 1e6,
+                exposed_us=max(0, now_ns - last_ready_ns) / 1e3 if last_ready_ns else None,
             )  # fmt: skip
 
     def _count(self, link: _PeerLink, flight: _Flight, now_ns: int) -> None:
@@ -474,6 +598,7 @@ class Sender:
         counters["bytes_sent"] += flight.nbytes
         counters["transfers"] += 1
         counters["copies"] += flight.num_copies
+        counters["post_s"] += flight.post_s
         counters["wire_s"] += max(0, now_ns - max(flight.start_ns, link.wire_until_ns)) / 1e9  # pieces overlap; time does not count twice
         link.wire_until_ns = now_ns
 

@@ -15,7 +15,7 @@ import msgspec
 import torch
 import zmq
 
-from ksana_lab.config.engine import EngineConfig
+from ksana_lab.config.engine import ConnectorOptions, EngineConfig
 from ksana_lab.config.environment import explain_missing
 from ksana_lab.core.connector import TransferMeta
 from ksana_lab.core.kv_layout import KVLayout
@@ -110,6 +110,12 @@ class KVWorkerConnector:
         if self._fatal is not None:
             raise TransferError(f"KV transfer on rank {self._rank} died: {self._fatal!r}") from self._fatal
 
+    def reconfigure(self, options: ConnectorOptions) -> None:
+        """P, between requests: another mode, grouping or emulated link from the next announcement on. Measuring tools compare settings
+        on one running node with it."""
+        if self._sender is not None:
+            self._sender.reconfigure(options)
+
     def stats(self) -> dict[str, float]:
         if self._sender is not None:
             return self._sender.stats()
@@ -196,4 +202,6 @@ def make_worker_connector(
     if options.role is Role.PREFILL and os.environ.get(TRACKER_VARIABLE) != "1":
         raise ConfigError(explain_missing(TRACKER_VARIABLE, os.environ))
     host = options.coordinator_addr.host if options.coordinator_addr is not None else "127.0.0.1"
-    return KVWorkerConnector(config, rank, tp_size, make_backends(options.backend, host), recorder, wake, ipc_dir)
+    wanted = config.runtime.device
+    backends = make_backends(options.backend, host, on_gpu=wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()))
+    return KVWorkerConnector(config, rank, tp_size, backends, recorder, wake, ipc_dir)

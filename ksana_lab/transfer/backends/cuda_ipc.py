@@ -12,22 +12,32 @@ import secrets
 import socket
 import threading
 import time
+from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer import cuda_driver
 from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial
-from ksana_lab.transfer.base import Link, LinkEvents, ServerEvents, Ticket
+from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
+from ksana_lab.transfer.staging import check_alignment
 
-# SM programs a copy may occupy. 16 reach 75% of the wire, 64 reach 90%, 132 reach 93% (docs/LOG.md, 2026-11-22); the copies' cost to a
-# prefill beside them did not depend on the number.
-NUM_PROGRAMS = 64
-_ALIGNMENT = 16  # bytes; the kernel moves 16 at a time
-_TABLE_ROWS = 1 << 17
-_NUM_TABLES = 4
+# SM programs a copy may occupy (docs/LOG.md, 2026-11-22): beside computing a few that leave the SMs to it, 16 reach 80% of the wire; with
+# nothing to hide behind all of them, 93%.
+PROGRAMS_BESIDE, PROGRAMS_ALONE = 24, 132
+_RING_ROWS = 1 << 19  # pieces of all copies under way
+_STALL_S = 30.0
+_SCRATCH_BYTES = 32 << 20  # behind the cache in the same allocation: where a new link is measured
+_NUM_BURSTS = 3
+_PCIE_BYTES_PER_S = 20e9  # generation 4, 16 lanes
+_SAME_GPU_BYTES_PER_S = 500e9
+# What a burst of _SCRATCH_BYTES reaches between two GPUs of one kind over NVLink, by compute capability; measured on H200 (340 GB/s), a
+# cautious share of the data sheet's figure for the others.
+_NVLINK_BYTES_PER_S = {9: 340e9, 8: 180e9}
+_NVLINK_OTHER = 80e9
 
 
 class CudaTicket:
@@ -50,17 +60,13 @@ class CudaTicket:
         return True
 
     @property
-    def wire_ms(self) -> float:
-        return self._begin.elapsed_time(self._end)
+    def wire_s(self) -> float:
+        """The GPU's own measure of the copy, once done."""
+        return self._begin.elapsed_time(self._end) / 1e3
 
-
-class _Table:
-    """Room for one launch's list of pieces: pinned on the host, its copy on the GPU, and the end of the last launch that read it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.host = torch.empty((_TABLE_ROWS, 3), dtype=torch.int64, pin_memory=True)
-        self.device = torch.empty((_TABLE_ROWS, 3), dtype=torch.int64, device=device)
-        self.ticket: CudaTicket | None = None
+    def since(self, event: torch.cuda.Event) -> float:
+        """Seconds from ``event`` to the end of the copy on the GPU's clock; both are over."""
+        return event.elapsed_time(self._end) / 1e3
 
 
 class Copier:
@@ -70,44 +76,54 @@ class Copier:
         from ksana_lab.transfer import gather_copy
 
         self._kernel = gather_copy
-        self.device, self._source = cache.device, cache.data_ptr()
+        self.device, self._source, self.source_bytes = cache.device, cache.data_ptr(), cache.numel()
         with torch.cuda.device(self.device):
             # Before ordinary streams: when a layer is ready its copy should start, not queue behind the next layers' kernels.
             self._stream = torch.cuda.Stream(priority=-1)
-            self._tables = [_Table(self.device) for _ in range(_NUM_TABLES)]
-        self._next = 0
+            self._host = torch.empty((_RING_ROWS, 3), dtype=torch.int64, pin_memory=True)
+            self._rows = torch.empty((_RING_ROWS, 3), dtype=torch.int64, device=self.device)
+        self._head = 0
+        self._used: deque[tuple[int, int, CudaTicket]] = deque()  # rows that launches under way still read, oldest first
         self._lock = threading.Lock()
 
-    def copy(self, target: int, copies: Copies, after: Any, timeout_s: float) -> CudaTicket:
+    def copy(self, target: int, copies: Copies, after: Any, num_programs: int) -> CudaTicket:
         """Enqueue all of ``copies`` from the cache to the address space at ``target``. Raises TransferError."""
-        if len(copies) and (copies % _ALIGNMENT).any():
-            raise TransferError(
-                f"a copy that is not aligned to {_ALIGNMENT} bytes: head_dim times the KV dtype's size must be a multiple of it"
-            )
+        check_alignment(copies)
         pieces = self._kernel.pieces(copies)
+        half = _RING_ROWS // 2
         with self._lock, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            # The tables first: their way to the GPU is over when ``after`` is.
+            batches = [self._upload(pieces[i : i + half]) for i in range(0, len(pieces), half)] if len(pieces) <= half else None
             if after is not None:
                 self._stream.wait_event(after)
-            begin = torch.cuda.Event(enable_timing=True)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            for start in range(0, len(pieces), _TABLE_ROWS):
-                self._launch(target, pieces[start : start + _TABLE_ROWS], begin, timeout_s)
-            end = torch.cuda.Event(enable_timing=True)
+            ticket = CudaTicket(begin, end)
+            for i in range(0, len(pieces), half):
+                start, rows = batches[i // half] if batches is not None else self._upload(pieces[i : i + half])
+                self._kernel.launch(self._source, target, self._rows[start:], rows, num_programs)
+                done = torch.cuda.Event()
+                done.record()
+                self._used.append((start, start + rows, CudaTicket(begin, done)))
             end.record()
-        return CudaTicket(begin, end)
+        return ticket
 
-    def _launch(self, target: int, pieces: Any, begin: torch.cuda.Event, timeout_s: float) -> None:
-        table = self._tables[self._next % _NUM_TABLES]
-        self._next += 1
-        if table.ticket is not None and not table.ticket.wait(timeout_s):
-            raise TransferError(f"the GPU did not finish an earlier copy within {timeout_s:g} s")
+    def _upload(self, pieces: Any) -> tuple[int, int]:
+        """(first row, rows) of the ring that will hold ``pieces``; at most half of it. Waits until nobody reads those rows any more."""
         rows = len(pieces)
-        table.host[:rows].copy_(torch.from_numpy(pieces))
-        table.device[:rows].copy_(table.host[:rows], non_blocking=True)
-        self._kernel.launch(self._source, target, table.device, rows, NUM_PROGRAMS)
-        end = torch.cuda.Event()
-        end.record()
-        table.ticket = CudaTicket(begin, end)
+        start = self._head if self._head + rows <= _RING_ROWS else 0
+        end = start + rows + rows % 2  # an even start keeps the table aligned to 16 bytes
+        while self._used and ((self._used[0][0] < end and start < self._used[0][1]) or self._used[0][2].done()):
+            if not self._used[0][2].wait(_STALL_S):
+                raise TransferError(f"the GPU did not finish an earlier copy within {_STALL_S:g} s")
+            self._used.popleft()
+        if any(first < end and start < last for first, last, _ in self._used):  # not in order: only after the ring has wrapped
+            self._stream.synchronize()
+            self._used.clear()
+        self._head = end
+        self._host[start : start + rows].copy_(torch.from_numpy(pieces))
+        self._rows[start : start + rows].copy_(self._host[start : start + rows], non_blocking=True)
+        return start, rows
 
     def drain(self) -> None:
         """Returns when no copy is under way."""
@@ -115,8 +131,10 @@ class Copier:
 
 
 class CudaIpcLink:
-    def __init__(self, stream: StreamLink, copier: Copier, target: int, timeout_s: float) -> None:
-        self._stream, self._copier, self._timeout_s = stream, copier, timeout_s
+    is_device_ordered = True
+
+    def __init__(self, stream: StreamLink, copier: Copier, target: int, path: str, expected: float) -> None:
+        self._stream, self._copier, self._path, self._expected = stream, copier, path, expected
         self._target: int | None = target  # None = closed
         self._lock = threading.Lock()
 
@@ -128,7 +146,24 @@ class CudaIpcLink:
                 raise TransferError("the link is closed")
             if int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > self._stream.peer_bytes:
                 raise TransferError(f"a write outside the peer's cache of {self._stream.peer_bytes} bytes")
-            return self._copier.copy(self._target, copies, after, self._timeout_s)
+            # Who must wait for a layer is beside computing, and the next layer's kernels want the SMs.
+            return self._copier.copy(self._target, copies, after, PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE)
+
+    def examine(self, timeout_s: float) -> LinkReport:
+        """Bursts into the scratch behind D's cache; they compile and load the kernel, too."""
+        nbytes = min(_SCRATCH_BYTES, self._copier.source_bytes)
+        burst = np.array([[0, self._stream.peer_bytes, nbytes - nbytes % 16]], np.int64)
+        seconds = []
+        for _ in range(_NUM_BURSTS):
+            with self._lock:
+                if self._target is None:
+                    raise TransferError("the link is closed")
+                ticket = self._copier.copy(self._target, burst, None, PROGRAMS_ALONE)
+            if not ticket.wait(timeout_s):
+                raise TransferError(f"a copy of {nbytes >> 20} MiB to the decode rank's GPU was not over after {timeout_s:g} s")
+            seconds.append(ticket.wire_s)
+        expected = self._expected * min(1.0, nbytes / _SCRATCH_BYTES)  # short bursts never reach the wire's speed
+        return LinkReport(self._path, nbytes / min(seconds), self._stream.round_trip_s(timeout_s), expected)
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._stream.notify(window, token, notice)
@@ -157,7 +192,7 @@ class CudaIpcBackend:
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if device.type != "cuda":
             raise TransferError(f"backend cuda_ipc keeps the KV cache on a GPU, not on {device}")
-        self._memory = cuda_driver.alloc_tensor(nbytes, device)
+        self._memory = cuda_driver.alloc_tensor(nbytes + _SCRATCH_BYTES, device)[:nbytes]
         return self._memory
 
     def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
@@ -181,7 +216,7 @@ class CudaIpcBackend:
         if peer_pid == os.getpid():
             raise TransferError("cuda_ipc joins two processes; P and D are threads of one here")
         device = cache.device.index or 0
-        _require_peer_access(device, peer_device)
+        path, expected = _describe_path(device, peer_device)
         with self._lock:
             if self._copier is None:
                 self._copier = Copier(cache)
@@ -192,7 +227,7 @@ class CudaIpcBackend:
             stream.close()
             raise
         stream.start()
-        return CudaIpcLink(stream, self._copier, target, timeout_s)
+        return CudaIpcLink(stream, self._copier, target, path, expected)
 
     def open_window(self, window: int) -> None:
         assert self._server is not None
@@ -211,14 +246,25 @@ class CudaIpcBackend:
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
+        self._memory = self._copier = None
 
 
 def _uuid(device: int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _require_peer_access(device: int, peer_uuid: str) -> None:
-    """Raises TransferError when the two GPUs cannot reach each other. A peer GPU that this process does not see is left to the driver."""
+def _describe_path(device: int, peer_uuid: str) -> tuple[str, float]:
+    """How two GPUs reach each other, and bytes/s to be expected. Raises TransferError when they cannot. A peer GPU that this process does
+    not see is left to the driver."""
+    major = torch.cuda.get_device_capability(device)[0]
+    nvlink = _NVLINK_BYTES_PER_S.get(major, _NVLINK_OTHER)
+    if _uuid(device) == peer_uuid:
+        return "one GPU's own memory", _SAME_GPU_BYTES_PER_S
     for other in range(torch.cuda.device_count()):
-        if other != device and _uuid(other) == peer_uuid and not torch.cuda.can_device_access_peer(device, other):
-            raise TransferError(f"GPU {device} has no peer access to GPU {other} ({peer_uuid}): use communication_type shm or tcp")
+        if _uuid(other) == peer_uuid:
+            if not torch.cuda.can_device_access_peer(device, other):
+                raise TransferError(f"GPU {device} has no peer access to GPU {other} ({peer_uuid}): use communication_type tcp or auto")
+            if cuda_driver.driver().has_peer_atomics(device, other):  # NVLink has them, PCIe has not
+                return f"NVLink from GPU {device} to GPU {other}", nvlink
+            return f"PCIe peer access from GPU {device} to GPU {other}", _PCIE_BYTES_PER_S
+    return "CUDA peer access to a GPU that this process does not see", _PCIE_BYTES_PER_S

@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial
 from ksana_lab.transfer.backends.tcp import host_view
-from ksana_lab.transfer.base import Link, LinkEvents, ServerEvents, Ticket
+from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,12 @@ def is_supported() -> bool:
     return hasattr(os, "memfd_create") and hasattr(socket, "send_fds")
 
 
+_SCRATCH_BYTES = 4 << 20  # behind the cache in the same file: where a new link is measured
+
+
 class ShmLink:
+    is_device_ordered = False
+
     def __init__(self, stream: StreamLink, source: np.ndarray, target: np.ndarray) -> None:
         self._stream = stream
         self._source: np.ndarray | None = source  # None = closed
@@ -44,11 +50,21 @@ class ShmLink:
             source, target = self._source, self._target
             if source is None or target is None:
                 raise TransferError("the link is closed")
-            if len(copies) and (int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > len(target)):
-                raise TransferError(f"a write outside the peer's cache of {len(target)} bytes")
+            if len(copies) and (int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > self._stream.peer_bytes):
+                raise TransferError(f"a write outside the peer's cache of {self._stream.peer_bytes} bytes")
             for a, b, n in copies.tolist():
                 target[b : b + n] = source[a : a + n]
         return DONE
+
+    def examine(self, timeout_s: float) -> LinkReport:
+        """A copy into the scratch behind D's cache, held against the same copy within this process."""
+        whole, target = self._source, self._target
+        if whole is None or target is None:
+            raise TransferError("the link is closed")
+        nbytes = min(len(target) - self._stream.peer_bytes, len(whole))
+        source, own = whole[:nbytes], np.empty(nbytes, np.uint8)
+        seconds = _copy_s(target[self._stream.peer_bytes : self._stream.peer_bytes + nbytes], source)
+        return LinkReport("shared memory", nbytes / seconds, self._stream.round_trip_s(timeout_s), nbytes / _copy_s(own, source))
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._stream.notify(window, token, notice)
@@ -57,6 +73,15 @@ class ShmLink:
         with self._lock:  # a copy under way ends first: to the peer, the end of the stream means that nobody writes
             self._source = self._target = None
         self._stream.close()
+
+
+def _copy_s(target: np.ndarray, source: np.ndarray) -> float:
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        target[:] = source
+        times.append(time.perf_counter() - begin)
+    return max(1e-9, min(times))
 
 
 class ShmBackend:
@@ -74,13 +99,13 @@ class ShmBackend:
             raise TransferError(f"backend shm keeps the KV cache in host memory, not on {device}")
         self._fd = os.memfd_create("ksana_lab-kv", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(self._fd, 0, nbytes)  # now, instead of a bus error at the first touch
-            memory = mmap.mmap(self._fd, nbytes)
+            os.posix_fallocate(self._fd, 0, nbytes + _SCRATCH_BYTES)  # now, instead of a bus error at the first touch
+            memory = mmap.mmap(self._fd, nbytes + _SCRATCH_BYTES)
         except OSError as error:
             os.close(self._fd)
             self._fd = -1
             raise TransferError(f"cannot get {nbytes / 2**20:.0f} MiB of shared memory for the KV cache: {error}") from error
-        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
         return self._memory
 
     def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
@@ -102,10 +127,11 @@ class ShmBackend:
         sock = dial(socket.AF_UNIX, f"\0{name}", timeout_s)
         stream = StreamLink(sock, secret, session, events, timeout_s, max_fds=1)
         try:
-            if len(stream.fds) != 1 or os.fstat(stream.fds[0]).st_size != stream.peer_bytes:
+            file_bytes = stream.peer_bytes + _SCRATCH_BYTES
+            if len(stream.fds) != 1 or os.fstat(stream.fds[0]).st_size != file_bytes:
                 raise TransferError("the decode rank sent no memory, or memory of another size than it says")
             # Page tables are filled now, not by the first request.
-            memory = mmap.mmap(stream.fds[0], stream.peer_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+            memory = mmap.mmap(stream.fds[0], file_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         except (OSError, ValueError) as error:
             stream.close()
             raise TransferError(f"cannot map the decode rank's memory: {error}") from error

@@ -19,9 +19,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,8 @@ MAX_CONNECTIONS = 1024
 STALL_S = 30.0  # a peer that stops in the middle of a frame for this long is given up
 _IOV_MAX = 1024  # buffers per system call
 _SCRATCH_BYTES = 1 << 18
+_PROBE = 1 << 63  # tokens from here on are a link's own: round trips for window 0, which nobody ever opens
+_NUM_PINGS = 5
 
 
 class Frame(NamedTuple):
@@ -129,6 +131,22 @@ def _advance(views: list[memoryview], first: int, nbytes: int) -> int:
     return first
 
 
+def staged(copies: Copies, room: int) -> list[Copies]:
+    """``copies`` in batches of at most ``room`` bytes each; a run that does not fit is cut."""
+    counts = -(-copies[:, 2] // room)
+    if (counts > 1).any():
+        row = np.repeat(np.arange(len(copies)), counts)
+        shift = (np.arange(len(row)) - (np.cumsum(counts) - counts)[row]) * room
+        copies = np.column_stack((copies[row, 0] + shift, copies[row, 1] + shift, np.minimum(copies[row, 2] - shift, room)))
+    batches, first, total = [], 0, 0
+    for i, nbytes in enumerate(copies[:, 2].tolist()):
+        if total + nbytes > room:
+            batches.append(copies[first:i].copy())
+            first, total = i, 0
+        total += nbytes
+    return [*batches, copies[first:].copy()]
+
+
 # ---- the server: a decode rank ------------------------------------------------------------------------------------------
 
 
@@ -138,17 +156,27 @@ class _Window:
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while bytes of it move from the kernel into the cache
 
 
+class Stage(Protocol):
+    """Host memory that bytes of a device pass through on their way in."""
+
+    host: memoryview
+
+    def scatter(self, copies: Copies) -> None:
+        """``copies`` (offset in ``host``, offset in the cache, bytes) are in the cache when this returns."""
+
+
 @dataclass(eq=False)
 class _Writer:
     wire: Wire
+    stage: Stage | None = None
     session: int = 0
     first_ns: int = 0  # when the first byte behind the next notice was seen
     thread: threading.Thread | None = None
 
 
 class StreamServer:
-    """Accepts writers of one cache. With ``cache`` it takes WRITE frames, and closing a window fences them; without, the writers have
-    another way to the memory, and only notices pass here."""
+    """Accepts writers of one cache. With ``cache`` it takes WRITE frames, and closing a window fences them; so it does with ``make_stage``,
+    through which the bytes reach a device. Without either the writers have another way to the memory, and only notices pass here."""
 
     def __init__(
         self,
@@ -157,13 +185,15 @@ class StreamServer:
         *,
         cache_bytes: int,
         cache: memoryview | None = None,
+        make_stage: Callable[[], Stage] | None = None,
         fds: Sequence[int] = (),
         stall_s: float = STALL_S,
     ) -> None:
         self.secret = secrets.token_hex(16)
         self._listener, self._events = listener, events
         self._cache, self._cache_bytes, self._fds = cache, cache_bytes, tuple(fds)
-        self._stall_s = stall_s
+        self._stall_s, self._make_stage = stall_s, make_stage
+        self._takes_writes = cache is not None or make_stage is not None
         self._lock = threading.Lock()
         self._windows: dict[int, _Window] = {}
         self._writers: set[_Writer] = set()
@@ -183,7 +213,7 @@ class StreamServer:
         if found is not None:
             with found.lock:  # at most one copy out of the kernel's buffer is waited for
                 found.is_open = False
-        return self._cache is not None
+        return self._takes_writes
 
     def num_writers(self, session: int) -> int:
         with self._lock:
@@ -197,7 +227,7 @@ class StreamServer:
             writers = [w for w in self._writers if w.session == session]
         for writer in writers:
             # Who reaches the memory by itself must go of its own accord: its end of the connection says that it has stopped.
-            writer.wire.shutdown(socket.SHUT_RDWR if self._cache is not None else socket.SHUT_WR)
+            writer.wire.shutdown(socket.SHUT_RDWR if self._takes_writes else socket.SHUT_WR)
 
     def close(self) -> None:
         """Ends every connection. May be called twice."""
@@ -277,16 +307,16 @@ class StreamServer:
 
     def _take(self, writer: _Writer, frame: Frame) -> None:
         writer.first_ns = writer.first_ns or time.monotonic_ns()
-        if frame.kind == WRITE and self._cache is not None:
-            self._take_write(writer.wire, frame)
+        if frame.kind == WRITE and self._takes_writes:
+            self._take_write(writer, frame)
         elif frame.kind == NOTICE and frame.nbytes <= MAX_NOTICE_BYTES:
             notice = bytes(writer.wire.receive(frame.nbytes, idle_s=self._stall_s))
             self._answer(writer, frame, notice)
         else:
             raise TransferError(f"unexpected frame of kind {frame.kind}, {frame.nbytes} bytes")
 
-    def _take_write(self, wire: Wire, frame: Frame) -> None:
-        assert self._cache is not None
+    def _take_write(self, writer: _Writer, frame: Frame) -> None:
+        wire = writer.wire
         if not 0 < frame.num_runs <= MAX_COPIES:
             raise TransferError(f"a write of {frame.num_runs} runs")
         table = np.frombuffer(wire.receive(frame.num_runs * 16, idle_s=self._stall_s), "<i8").reshape(-1, 2)
@@ -296,8 +326,23 @@ class StreamServer:
             raise TransferError(f"a write outside the cache of {self._cache_bytes} bytes, or of another size than announced")
         with self._lock:
             window = self._windows.get(frame.window)
-        views = [self._cache[offset : offset + size] for offset, size in table.tolist()]
-        self._fill(wire, views, window)
+        if self._cache is not None:
+            self._fill(wire, [self._cache[offset : offset + size] for offset, size in table.tolist()], window)
+        else:
+            self._fill_device(writer, table, window)
+
+    def _fill_device(self, writer: _Writer, table: np.ndarray, window: _Window | None) -> None:
+        """As ``_fill``, through a stage: host memory is filled freely, the step from it into the cache is what a window guards."""
+        assert self._make_stage is not None
+        stage = writer.stage = writer.stage or self._make_stage()
+        for batch in staged(np.column_stack((table[:, 0], table)), len(stage.host)):
+            nbytes = int(batch[:, 2].sum())
+            self._fill(writer.wire, [stage.host[:nbytes]], _Window())
+            if window is not None:
+                with window.lock:
+                    if window.is_open:
+                        batch[:, 0] = np.cumsum(batch[:, 2]) - batch[:, 2]
+                        stage.scatter(batch)
 
     def _fill(self, wire: Wire, views: list[memoryview], window: _Window | None) -> None:
         """Receive into ``views`` for as long as the window is open; what comes later is read and thrown away."""
@@ -370,6 +415,9 @@ class StreamLink:
         self.peer_bytes = 0
         self._is_closed = False
         self._send_lock = threading.Lock()
+        self._answered = threading.Condition()
+        self._probe_token = self._last_probe = _PROBE
+        self._is_over = False
         try:
             self._wire.send([Frame(HELLO, OK, 0, session, 0, len(secret)).pack(), secret.encode()])
             self._await_ready(timeout_s, max_fds)
@@ -400,9 +448,9 @@ class StreamLink:
             raise TransferError(f"the peer answered with a frame of kind {ready.kind}")
         self.peer_bytes = ready.window
 
-    def write(self, copies: Copies, window: int) -> Done:
-        """Send the bytes themselves (needs ``source``)."""
-        source = self._source
+    def write(self, copies: Copies, window: int, source: memoryview | None = None) -> Done:
+        """Send the bytes themselves, out of ``source`` or else out of the cache."""
+        source = self._source if source is None else source
         if source is None:
             raise TransferError("the link is closed")
         runs = copies.tolist()
@@ -413,6 +461,26 @@ class StreamLink:
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._send([Frame(NOTICE, OK, 0, window, token, len(notice)).pack(), notice])
+
+    def ping(self, timeout_s: float) -> None:
+        """One round trip: a notice that the peer refuses. Everything sent before it has been received when it returns."""
+        token = self._probe_token = self._probe_token + 1
+        self.notify(0, token, b"")
+        deadline = time.monotonic() + timeout_s
+        with self._answered:
+            if not self._answered.wait_for(lambda: self._last_probe >= token or self._is_over, max(0.0, deadline - time.monotonic())):
+                raise TransferError(f"the peer did not answer within {timeout_s:g} s")
+            if self._last_probe < token:
+                raise TransferError("the connection was lost while it was measured")
+
+    def round_trip_s(self, timeout_s: float) -> float:
+        """The shortest of a few."""
+        times = []
+        for _ in range(_NUM_PINGS):
+            begin = time.perf_counter()
+            self.ping(timeout_s)
+            times.append(time.perf_counter() - begin)
+        return min(times)
 
     def _send(self, buffers: Sequence[bytes | memoryview]) -> None:
         with self._send_lock:
@@ -432,13 +500,21 @@ class StreamLink:
                 if ack.kind != ACK or ack.nbytes > 4096:
                     raise TransferError(f"unexpected frame of kind {ack.kind}")
                 text = self._wire.receive(ack.nbytes, idle_s=STALL_S).decode(errors="replace")
-                self._events.on_ack(ack.token, text if ack.status != OK else None)
+                if ack.token >= _PROBE:
+                    with self._answered:
+                        self._last_probe = ack.token
+                        self._answered.notify_all()
+                else:
+                    self._events.on_ack(ack.token, text if ack.status != OK else None)
         except (TransferError, OSError) as error:
             reason = str(error)
         except Exception:
             log.exception("an acknowledgement could not be handled")
             reason = "internal error of the sender"
         self._wire.shutdown()
+        with self._answered:
+            self._is_over = True
+            self._answered.notify_all()
         if not self._is_closed:
             self._events.on_lost(reason)
 

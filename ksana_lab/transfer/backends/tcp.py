@@ -1,18 +1,26 @@
-"""KV over TCP: P sends the bytes out of its cache, D's receiver puts them into its own. No copy of either side in between.
+"""KV over TCP: P sends the bytes out of its cache, D's receiver puts them into its own. No copy of either side in between on CPUs; a GPU's
+cache is staged through pinned host memory, whose filling and sending overlap.
 
 D receives the bytes itself, so closing a window is a fence: afterwards nothing of it is written, whatever P does."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer.backends.stream import StreamLink, StreamServer, dial
-from ksana_lab.transfer.base import Link, LinkEvents, ServerEvents, Ticket
+from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial, staged
+from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
+from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair
+
+_BURST_BYTES = 8 << 20
+_LOOPBACK_BYTES_PER_S = 1e9  # what any host of today gives over its own loopback device
 
 
 def host_view(cache: torch.Tensor, name: str) -> memoryview:
@@ -23,17 +31,70 @@ def host_view(cache: torch.Tensor, name: str) -> memoryview:
 
 
 class TcpLink:
-    def __init__(self, stream: StreamLink) -> None:
-        self._stream = stream
+    is_device_ordered = False
+
+    def __init__(self, stream: StreamLink, cache: torch.Tensor, host: str) -> None:
+        self._stream, self._host = stream, host
+        self._cache: torch.Tensor | None = cache  # None = closed
+        self._stage = SlotPair(cache) if cache.is_cuda else None
 
     def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
-        return self._stream.write(copies, window)
+        """On a GPU ``after`` must be over: the caller waits for it."""
+        if not len(copies):
+            return DONE
+        return self._stream.write(copies, window) if self._stage is None else self._write_staged(self._stage, copies, window)
+
+    def _write_staged(self, stage: SlotPair, copies: Copies, window: int) -> Ticket:
+        with stage.lock:
+            batches = staged(copies, SLOT_BYTES)
+            packed = [_packed(batch) for batch in batches]
+            stage.slots[0].start_gather(packed[0])
+            for i, batch in enumerate(batches):
+                if i + 1 < len(batches):
+                    stage.slots[(i + 1) % 2].start_gather(packed[i + 1])
+                slot = stage.slots[i % 2]
+                slot.wait()
+                self._stream.write(np.column_stack((packed[i][:, 1], batch[:, 1:])), window, slot.host)
+        return DONE
+
+    def examine(self, timeout_s: float) -> LinkReport:
+        """A burst for a window that nobody opened: D receives it and throws it away."""
+        round_trip_s = self._stream.round_trip_s(timeout_s)
+        if self._cache is None:
+            raise TransferError("the link is closed")
+        nbytes = min(_BURST_BYTES, self._cache.numel(), self._stream.peer_bytes)
+        nbytes -= nbytes % 16
+        burst = np.array([[0, 0, nbytes]], np.int64)
+        seconds = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            self.write(burst, 0)
+            self._stream.ping(timeout_s)
+            seconds.append(max(1e-9, time.perf_counter() - begin - round_trip_s))
+        is_loopback = _is_loopback(self._host)
+        path = ("loopback TCP" if is_loopback else "TCP") + (" through pinned host memory" if self._stage else "")
+        return LinkReport(path, nbytes / min(seconds), round_trip_s, _LOOPBACK_BYTES_PER_S if is_loopback else None)
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._stream.notify(window, token, notice)
 
     def close(self) -> None:
         self._stream.close()
+        self._cache = self._stage = None
+
+
+def _packed(copies: Copies) -> Copies:
+    """From the cache to one place after the other in a stage."""
+    packed = copies.copy()
+    packed[:, 1] = np.cumsum(copies[:, 2]) - copies[:, 2]
+    return packed
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class TcpBackend:
@@ -48,13 +109,15 @@ class TcpBackend:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
     def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
-        view = host_view(cache, self.name)
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
             listener = socket.create_server((self._host, 0), family=family, backlog=128)
         except OSError as error:
             raise TransferError(f"cannot listen for KV on {self._host}: {error}; is it an address of this host?") from error
-        self._server = StreamServer(listener, events, cache_bytes=len(view), cache=view)
+        if cache.is_cuda:
+            self._server = StreamServer(listener, events, cache_bytes=cache.numel(), make_stage=lambda: Slot(cache))
+        else:
+            self._server = StreamServer(listener, events, cache_bytes=cache.numel(), cache=host_view(cache, self.name))
         return {"host": self._host, "port": listener.getsockname()[1], "secret": self._server.secret}
 
     def connect(self, endpoint: dict[str, Any], cache: torch.Tensor, session: int, events: LinkEvents, timeout_s: float) -> Link:
@@ -63,9 +126,10 @@ class TcpBackend:
         except (KeyError, ValueError, TypeError) as error:
             raise TransferError(f"the decode rank's tcp endpoint is malformed: {error!r}") from error
         sock = dial(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, address, timeout_s)
-        stream = StreamLink(sock, secret, session, events, timeout_s, source=host_view(cache, self.name))
+        source = None if cache.is_cuda else host_view(cache, self.name)
+        stream = StreamLink(sock, secret, session, events, timeout_s, source=source)
         stream.start()
-        return TcpLink(stream)
+        return TcpLink(stream, cache, address[0])
 
     def open_window(self, window: int) -> None:
         assert self._server is not None

@@ -1,0 +1,22 @@
+"""CRC-32 of scattered bytes of a cache, wherever it lies. Slow on a GPU, whose bytes come to the host for it: made for tests and doubts."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def crc_of(cache: torch.Tensor, spans: np.ndarray) -> int:
+    """``spans``: int64 [n, 2] (offset, bytes), in order. The bytes must exist; nothing else on the device is waited for."""
+    crc = 0
+    if not cache.is_cuda:
+        view = memoryview(cache.numpy())  # type: ignore[arg-type]
+        for offset, nbytes in spans.tolist():
+            crc = zlib.crc32(view[offset : offset + nbytes], crc)
+        return crc
+    with torch.cuda.device(cache.device), torch.cuda.stream(torch.cuda.Stream()):
+        for offset, nbytes in spans.tolist():
+            crc = zlib.crc32(memoryview(cache[offset : offset + nbytes].cpu().numpy()), crc)  # type: ignore[arg-type]
+    return crc

@@ -1,0 +1,79 @@
+"""Pinned host memory between a GPU's cache and a backend that moves host bytes: gathered into on the way out, scattered from on the way
+in. For pairs without peer access, and for nodes on several hosts.
+
+One kernel moves all runs of a batch between the cache and the (mapped) host memory, so that fragments cost nothing extra. On a CPU
+cache the same interface copies by itself: what uses it can be tried without a GPU."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from ksana_lab.errors import TransferError
+from ksana_lab.transfer.plan import Copies
+
+SLOT_BYTES = 8 << 20
+ALIGNMENT = 16  # bytes; the kernel moves 16 at a time
+_NUM_PROGRAMS = 32  # the host link is full long before
+
+
+def check_alignment(copies: Copies) -> None:
+    if len(copies) and (copies % ALIGNMENT).any():
+        raise TransferError(f"a copy that is not aligned to {ALIGNMENT} bytes: head_dim times the KV dtype's size must be a multiple of it")
+
+
+class Slot:
+    """One staging buffer of one thread. ``host``: its bytes."""
+
+    def __init__(self, cache: torch.Tensor) -> None:
+        self._cache, self._is_device = cache, cache.is_cuda
+        self._memory = torch.empty(SLOT_BYTES, dtype=torch.uint8, pin_memory=self._is_device)
+        self.host = memoryview(self._memory.numpy())  # type: ignore[arg-type]
+        self._event: Any = None
+        if self._is_device:
+            with torch.cuda.device(cache.device):
+                self._stream = torch.cuda.Stream(priority=-1)
+                self._event = torch.cuda.Event(blocking=True)
+
+    def start_gather(self, copies: Copies) -> None:
+        """``copies``: offset in the cache, offset in ``host``, bytes. ``wait`` says when they are there. The source bytes must exist."""
+        self._move(copies, to_host=True)
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def scatter(self, copies: Copies) -> None:
+        """``copies``: offset in ``host``, offset in the cache, bytes. In the cache when this returns."""
+        self._move(copies, to_host=False)
+        self.wait()
+
+    def _move(self, copies: Copies, *, to_host: bool) -> None:
+        if not self._is_device:
+            ours = np.frombuffer(self.host, np.uint8)
+            theirs = self._cache.numpy()
+            source, target = (theirs, ours) if to_host else (ours, theirs)
+            for a, b, n in copies.tolist():
+                target[b : b + n] = source[a : a + n]
+            return
+        from ksana_lab.transfer import gather_copy
+
+        check_alignment(copies)
+        pieces = gather_copy.pieces(copies)
+        bases = (self._cache.data_ptr(), self._memory.data_ptr())
+        source_base, target_base = bases if to_host else reversed(bases)
+        with torch.cuda.device(self._cache.device), torch.cuda.stream(self._stream):
+            table = torch.from_numpy(pieces).to(self._cache.device)
+            gather_copy.launch(source_base, target_base, table, len(pieces), _NUM_PROGRAMS)
+            self._event.record()
+
+
+class SlotPair:
+    """Two buffers in turn: one is filled while the other is sent. For one thread at a time."""
+
+    def __init__(self, cache: torch.Tensor) -> None:
+        self.slots = (Slot(cache), Slot(cache))
+        self.lock = threading.Lock()
