@@ -55,6 +55,12 @@ class TritonBackend:
         """q [T, heads, head_dim] -> [T, heads, head_dim], causal within each sequence, GQA by heads // kv_heads.
 
         Rows of padding are zero among decodes (seq_lens 0) and undefined after the last prefill token."""
+        try:
+            return self._attend(q, kv_layer, meta, scale)
+        finally:
+            self._step_kv = None  # a captured graph owns its memory: nothing of it may outlive the capture
+
+    def _attend(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
         num_decodes = meta.num_decodes
         if num_decodes == 0 and len(meta.query_lens) == 1 and self._is_whole(meta, 0, q.dtype):
             return self._attend_whole(q, kv_layer, meta, 0, 0, scale)

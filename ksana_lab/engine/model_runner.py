@@ -17,7 +17,6 @@ from ksana_lab.engine.cuda_graph import DecodeGraphs
 from ksana_lab.engine.input_batch import InputBatch, StepInputs
 from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.sampler import PLAIN_GREEDY, Sampled
-from ksana_lab.layers import fused
 from ksana_lab.models.decoder import Decoder
 from ksana_lab.transfer.base import WorkerConnector
 from ksana_lab.types import TokenLogprob
@@ -147,17 +146,14 @@ class ModelRunner:
         """A token for each sequence that samples; every rank comes to the same ones, from the same logits."""
         num = len(inputs.sample_seq_ids)
         chosen = hidden[:num] if inputs.logits_indices is None else hidden.index_select(0, inputs.logits_indices)
-        if inputs.sampling is PLAIN_GREEDY:
-            sampled = Sampled(fused.argmax(self.model.head(chosen)))
-        else:
-            sampled = self.batch.sampling.sample(self.model.compute_logits(chosen), inputs.sampling)
+        sampled = self.batch.sampling.sample(self.model.head(chosen), inputs.sampling)
         self.batch.remember(inputs, sampled.token_ids)
         return sampled
 
     def sample_replayed(self, logits: Tensor, greedy: Tensor, inputs: StepInputs) -> Sampled:
         """The same after a replayed graph, which has the maxima already. Every sequence of such a step samples, in order."""
         is_plain = inputs.sampling is PLAIN_GREEDY
-        sampled = Sampled(greedy) if is_plain else self.batch.sampling.sample(logits.float(), inputs.sampling)
+        sampled = Sampled(greedy) if is_plain else self.batch.sampling.sample(logits, inputs.sampling)
         self.batch.remember(inputs, sampled.token_ids)
         return sampled
 

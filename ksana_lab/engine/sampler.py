@@ -1,9 +1,7 @@
 """From logits to tokens. The random numbers of output position k of a sequence depend on (seed, k) and the vocabulary entry alone, never
 on the batch, the rank or the node: a sequence gives the same tokens wherever it runs.
 
-Sampling is a race (Gumbel-max in exponential form): entry v draws E_v = -log(1 - x_v), x_v uniform, and the smallest E_v / p_v wins, which
-happens with probability p_v. x_v comes from two rounds of MurmurHash3's 32-bit finaliser (Appleby, public domain) over v and two keys of
-(seed, k), so it is integer arithmetic that a kernel can repeat bit by bit. No value leaves the device here."""
+The draw itself is layers/race.py's, with two keys made of (seed, k). No value leaves the device here."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ksana_lab.layers import fused
 from ksana_lab.types import SamplingParams
 
 Upload = Callable[[np.ndarray], Tensor]
@@ -65,6 +64,11 @@ class SamplingBatch:
     penalties: Penalties | None = None
     masked: tuple[Tensor, Tensor] | None = None  # (rows, token ids) int64: entries that must not win
     num_top_logprobs: int | None = None  # None: no logprobs wanted
+
+    @property
+    def is_plain_draw(self) -> bool:
+        """Temperature and nothing else."""
+        return self.filters is None and self.penalties is None and self.masked is None and self.num_top_logprobs is None
 
 
 PLAIN_GREEDY = SamplingBatch()
@@ -146,9 +150,11 @@ class SamplingTable:
         return int(self._num_logprobs[row])
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
-        """logits [S, vocab] float32 -> tokens; ``logits`` may be overwritten. Tokens of penalised rows are counted."""
+        """logits [S, vocab] of any float type -> tokens. Tokens of penalised rows are counted."""
         if batch is PLAIN_GREEDY:
-            return Sampled(logits.argmax(dim=-1))
+            return Sampled(fused.argmax(logits))
+        if not batch.is_plain_draw:
+            logits = logits.to(torch.float32, copy=True)
         raw_logprobs = logits.log_softmax(dim=-1) if batch.num_top_logprobs is not None else None
         if batch.penalties is not None:
             logits = self._penalize(logits, batch.penalties)
@@ -191,14 +197,12 @@ class SamplingTable:
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """One token per row of ``logits`` [S, vocab]; rows of temperature 0 take the largest."""
     assert batch.temperature is not None and batch.keys is not None
-    is_greedy = batch.temperature == 0
-    scaled = logits / torch.where(is_greedy, 1.0, batch.temperature)
     if batch.filters is not None:
-        use = batch.filters
-        scaled = scaled.index_copy(0, use.rows, filter_logits(scaled[use.rows], use.top_k, use.top_p, use.min_p))
-    # argmin E_v / p_v = argmax (logit_v - log E_v)
-    raced = scaled - exponentials(batch.keys, logits.shape[-1]).log()
-    return torch.where(is_greedy, logits, raced).argmax(dim=-1)
+        use = batch.filters  # of rows with a temperature
+        chosen = logits[use.rows]
+        kept = filter_logits(chosen / batch.temperature[use.rows], use.top_k, use.top_p, use.min_p) > float("-inf")
+        logits = logits.index_copy(0, use.rows, chosen.masked_fill(~kept, float("-inf")))
+    return fused.sample(logits, batch.temperature, batch.keys)
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -213,23 +217,6 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     is_out[:, 0] = False
     ordered = ordered.masked_fill(is_out, float("-inf"))
     return torch.empty_like(logits).scatter_(-1, order, ordered)
-
-
-def exponentials(keys: Tensor, vocab_size: int) -> Tensor:
-    """keys [S, 2] -> [S, vocab] float32, exponentially distributed with mean 1; fine-grained near 0, where races are decided."""
-    entry = torch.arange(vocab_size, device=keys.device, dtype=torch.int64)
-    bits = _mix32(_mix32(entry ^ keys[:, :1]) ^ keys[:, 1:])
-    x = (bits.to(torch.float32) + 0.5) * 2.0**-32
-    return -torch.log1p(-x)
-
-
-def _mix32(h: Tensor) -> Tensor:
-    """MurmurHash3's fmix32 on int64 tensors that hold 32-bit values."""
-    h = h ^ (h >> 16)
-    h = (h * 0x85EBCA6B) & _MASK32
-    h = h ^ (h >> 13)
-    h = (h * 0xC2B2AE35) & _MASK32
-    return h ^ (h >> 16)
 
 
 def random_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

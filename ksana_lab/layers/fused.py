@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ksana_lab.layers.race import race
+
 # ---- plain torch: what runs on a CPU, and what the kernels are tested against ----------------------------------------------------
 
 
@@ -106,43 +108,16 @@ def argmax(logits: Tensor, pdl: bool = False) -> Tensor:
     if logits.is_cuda:
         from ksana_lab.layers import fused_triton
 
-        return fused_triton.sample(logits, None, None, None, pdl)
+        return fused_triton.sample(logits, None, None, pdl)
     return logits.argmax(-1)
 
 
-def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, pdl: bool = False) -> Tensor:
-    """Draw one token a row from softmax(logits / temperature), by the Gumbel maximum; temperature 0 takes the maximum.
+def sample(logits: Tensor, temperature: Tensor, keys: Tensor, pdl: bool = False) -> Tensor:
+    """Draw one token a row from softmax(logits / temperature), as race.race does.
 
-    logits [B, vocab]; temperature [B] float32; seeds [B] int64; positions [B] int64 (index of the drawn token in its sequence).
-    The random number of a token depends on (seed, position, token) only: the same draw in any batch, on any node."""
+    logits [B, vocab]; temperature [B, 1] float32, 0 takes the maximum; keys [B, 2] int64, 32 bits each. Returns [B] int64."""
     if logits.is_cuda:
         from ksana_lab.layers import fused_triton
 
-        return fused_triton.sample(logits, temperature, seeds, positions, pdl)
-    noise = gumbel_torch(seeds, positions, logits.shape[-1])
-    wide = logits.float()
-    hot = temperature[:, None] > 0
-    return torch.where(hot, wide / torch.where(hot, temperature[:, None], 1.0) + noise, wide).argmax(-1)
-
-
-# ---- random numbers by counting -------------------------------------------------------------------------------------------------------
-
-_MASK = 0xFFFFFFFF
-
-
-def _mix_torch(x: Tensor) -> Tensor:
-    """The 32-bit finaliser of MurmurHash3 (Appleby), on int64 tensors that hold 32 bits."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
-
-
-def gumbel_torch(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
-    """[B, vocab] float32 of standard Gumbel noise; column t of row b depends on (seeds[b], positions[b], t) only."""
-    low, high = seeds & _MASK, (seeds >> 32) & _MASK
-    key = _mix_torch(low ^ _mix_torch((high + 0x9E3779B9) & _MASK) ^ _mix_torch((positions * 0x85157AF5) & _MASK))
-    token = torch.arange(vocab, device=seeds.device)
-    bits = _mix_torch(key[:, None] ^ _mix_torch((token + 0x7F4A7C15) & _MASK)[None, :])
-    bits = _mix_torch((bits + key[:, None]) & _MASK)
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform))
+        return fused_triton.sample(logits, temperature, keys, pdl)
+    return race(logits, temperature, keys)

@@ -178,7 +178,7 @@ def _mix(x):
 
 @triton.jit
 def _sample_kernel(
-    logits, temperature, seeds, positions, part_score, part_token, arrived, out, vocab, stride_logits,
+    logits, temperature, keys, part_score, part_token, arrived, out, vocab, stride_logits,
     RANDOM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
@@ -187,14 +187,12 @@ def _sample_kernel(
         gdc_launch_dependents()
         gdc_wait()
     heat = 0.0
-    key = tl.full([1], 0, tl.uint32)
+    first = tl.full([1], 0, tl.uint32)
+    second = tl.full([1], 0, tl.uint32)
     if RANDOM:
         heat = tl.load(temperature + row)
-        seed = tl.load(seeds + row)
-        low = (seed & 0xFFFFFFFF).to(tl.uint32)
-        high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        place = (tl.load(positions + row) & 0xFFFFFFFF).to(tl.uint32)
-        key += _mix(low ^ _mix(high + 0x9E3779B9) ^ _mix(place * 0x85157AF5))
+        first += tl.load(keys + row * 2).to(tl.uint32)
+        second += tl.load(keys + row * 2 + 1).to(tl.uint32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_token = tl.zeros([BLOCK], tl.int32)
     for loop in range(LOOPS):
@@ -202,10 +200,11 @@ def _sample_kernel(
         score = tl.load(logits + row.to(tl.int64) * stride_logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
         if RANDOM:  # noqa: SIM102  (known when compiling; the other when running)
             if heat > 0.0:
-                bits = _mix(key ^ _mix(token.to(tl.uint32) + 0x7F4A7C15))
-                bits = _mix(bits + key)
-                uniform = ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2 ** -24
-                score = score / heat - tl.log(-tl.log(uniform))
+                bits = _mix(_mix(token.to(tl.uint32) ^ first) ^ second)
+                x = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2 ** -32
+                # log1p: near 0, where races are decided, the logarithm alone would have lost the digits
+                series = x * (1.0 + x * (0.5 + x * (0.33333333333 + x * 0.25)))
+                score = score / heat - tl.log(tl.where(x < 0.01, series, -tl.log(1.0 - x)))
         better = score > best
         best = tl.where(better, score, best)
         best_token = tl.where(better, token, best_token)
@@ -226,7 +225,7 @@ def _sample_kernel(
         tl.store(out + row, tl.min(tl.where((score == top) & live, token, vocab), 0).to(tl.int64))
 
 
-def sample(logits: Tensor, temperature: Tensor | None, seeds: Tensor | None, positions: Tensor | None, pdl: bool = False) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor | None, keys: Tensor | None, pdl: bool = False) -> Tensor:
     """As fused.sample; without temperature the maximum."""
     batch, vocab = logits.shape
     block = 2048
@@ -239,7 +238,7 @@ def sample(logits: Tensor, temperature: Tensor | None, seeds: Tensor | None, pos
     part_token = torch.empty(batch, splits, dtype=torch.int32, device=device)
     arrived = torch.zeros(batch, dtype=torch.int32, device=device)
     _sample_kernel[(num_splits, batch)](
-        logits, temperature, seeds, positions, part_score, part_token, arrived, out, vocab, logits.stride(0),
+        logits, temperature, keys, part_score, part_token, arrived, out, vocab, logits.stride(0),
         RANDOM=temperature is not None, BLOCK=block, LOOPS=loops, SPLITS=splits, **_options(pdl, num_warps=4),
     )  # fmt: skip
     return out

@@ -109,28 +109,27 @@ def test_argmax_takes_the_first_maximum(kernels, batch):
     expected = logits.cpu().double().argmax(-1)
     expected[0] = expected[0] if batch == 1 else 17
     for _ in range(2):
-        assert torch.equal(kernels.sample(logits, None, None, None).cpu(), expected)
+        assert torch.equal(kernels.sample(logits, None, None).cpu(), expected)
 
 
-def test_sampling_draws_what_torch_draws_and_by_seed_and_position_only(kernels):
+def test_sampling_draws_what_torch_draws_and_by_its_keys_only(kernels):
     from ksana_lab.layers import fused
 
     logits, vocab = randn(6, 4001), 4001
     logits[3:] = logits[:3]
-    temperature = torch.tensor([1.0, 0.6, 0.0] * 2, device=DEVICE)
-    seeds = torch.tensor([3, 2**40 + 7, 1] * 2, device=DEVICE)
-    positions = torch.tensor([5, 5, 5] * 2, device=DEVICE)
-    ours = kernels.sample(logits, temperature, seeds, positions)
+    temperature = torch.tensor([1.0, 0.6, 0.0] * 2, device=DEVICE)[:, None]
+    keys = torch.tensor([[3, 5], [2**32 - 7, 5], [1, 2**31]] * 2, device=DEVICE)
+    ours = kernels.sample(logits, temperature, keys)
     assert torch.equal(ours[:3], ours[3:]) and ours[2] == logits[2].float().argmax() and ours.max() < vocab
-    assert torch.equal(ours.cpu(), fused.sample(logits.cpu(), temperature.cpu(), seeds.cpu(), positions.cpu()))
+    assert torch.equal(ours.cpu(), fused.sample(logits.cpu(), temperature.cpu(), keys.cpu()))
 
 
 def test_sampling_follows_the_softmax(kernels):
     draws = 2_000 if INTERPRETED else 20_000
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125], device=DEVICE)
     logits = probabilities.log().expand(draws, 4).contiguous()
-    ones = torch.ones(draws, device=DEVICE)
-    drawn = kernels.sample(logits, ones, torch.full((draws,), 11, device=DEVICE), torch.arange(draws, device=DEVICE))
+    keys = torch.stack([torch.full((draws,), 11), torch.arange(draws)], dim=1).to(DEVICE)
+    drawn = kernels.sample(logits, torch.ones(draws, 1, device=DEVICE), keys)
     share = drawn.bincount(minlength=4).double() / draws
     assert (share - probabilities).abs().max() < 4 * (0.25 / draws) ** 0.5
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from ksana_lab.engine.sampler import PLAIN_GREEDY, SamplingTable, exponentials, filter_logits, random_keys
+from ksana_lab.engine.sampler import PLAIN_GREEDY, SamplingTable, filter_logits, random_keys
+from ksana_lab.layers.race import exponentials
 from ksana_lab.types import SamplingParams
 
 VOCAB = 12
