@@ -34,6 +34,16 @@ def test_overlapping_steps_say_what_waiting_ones_say(model_dir, params):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_replayed_graphs_say_what_eager_steps_say(model_dir, params):
+    said = []
+    for has_graphs in (False, True):
+        with LLM(model_dir, num_blocks=2000, max_num_seqs=16, enable_cuda_graph=has_graphs) as llm:
+            said.append(outputs(llm, params))
+    assert said[0] == said[1]
+
+
+@pytest.mark.gpu
 def test_the_cache_takes_what_is_left_and_a_step_still_fits(model_dir):
     free, total = torch.cuda.mem_get_info()
     with LLM(model_dir, max_num_batched_tokens=16384, max_num_seqs=256, reserved_memory_ratio=0.1) as llm:
