@@ -27,8 +27,8 @@ class DecodeConfig:
     tile: int = 64  # keys read at once
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 4  # chunks are made so small that this many programs exist for every SM
-    min_chunk: int = 128  # keys; smaller chunks cost more to combine than they hide
+    programs_per_sm: int = 3  # how many run on an SM at once, by their shared memory and registers
+    min_chunk: int = 64  # keys
     combine_splits: int = 16  # partial results added at once by the combining program
 
 
@@ -61,8 +61,19 @@ def _plan_kernel(
         gdc_wait()
     seq = tl.arange(0, BLOCK)
     lens = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
-    chunk = tl.maximum(tl.cdiv(tl.sum(lens), target_items), min_chunk)
-    chunk = tl.cdiv(chunk, TILE) * TILE
+    # The smallest chunk, in tiles, with which the items still fit in what runs at once: every program then has about the same work.
+    # Never smaller than an even share of all keys, where sequences alone are more than run at once.
+    limit = tl.maximum(target_items, num_seqs + target_items // 2)
+    low = tl.cdiv(tl.maximum(tl.cdiv(tl.sum(lens), target_items), min_chunk), TILE)
+    high = tl.maximum(tl.cdiv(tl.max(lens), TILE), low)
+    while low < high:
+        middle = (low + high) // 2
+        if tl.sum(tl.cdiv(lens, middle * TILE)) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    count = tl.maximum(tl.cdiv(lens, low * TILE), 1)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(lens, count), TILE), 1) * TILE  # even parts, one size for each sequence
     count = tl.where(seq < num_seqs, tl.maximum(tl.cdiv(lens, chunk), 1), 0)
     first = tl.cumsum(count, 0) - count
     for split in range(tl.max(count)):
@@ -148,10 +159,9 @@ def _decode_kernel(
             offset = (block.to(tl.int64) * stride_block + (start + key) % BLOCK_SIZE * HEAD_DIM)[:, None] + dim[None, :]
             block = tl.load(table + (start + TILE + key) // BLOCK_SIZE, mask=start + TILE + key < end, other=0)
         k = tl.load(keys + offset, mask=live[:, None], other=0.0).to(queries.dtype)
-        scores = tl.dot(queries, tl.trans(k)) * scale_log2
-        scores = tl.where(live[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
+        scores = tl.where(live[None, :], tl.dot(queries, tl.trans(k)), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_peak[:, None])  # one fused multiply-add each
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
         # A slot past the end may hold anything, NaN too: it is masked, not multiplied by zero.
@@ -211,7 +221,7 @@ def plan_decode(
     """Cut a step's decode work. seq_lens [S] int32 on the device, keys of each sequence (0 = padding, its output becomes zero)."""
     num_seqs = seq_lens.shape[0]
     target_items = max(1, num_sms * config.programs_per_sm // num_kv_heads)
-    max_items = num_seqs + target_items
+    max_items = max(target_items, num_seqs + target_items // 2)
     device = seq_lens.device
     plan = DecodePlan(
         items=torch.empty(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),

@@ -37,11 +37,11 @@ def _attend_tile(
         k = tl.load(keys + offset, mask=(index < seq_len)[:, None], other=0.0).to(queries.dtype)
     else:
         k = tl.load(keys + offset).to(queries.dtype)
-    scores = tl.dot(queries, tl.trans(k)) * scale_log2
+    scores = tl.dot(queries, tl.trans(k))
     if MASKED:
         scores = tl.where(index[None, :] <= position[:, None], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_peak[:, None])
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - new_peak[:, None])  # one fused multiply-add each
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
     if MASKED:
@@ -123,7 +123,7 @@ def prefill_attention(
     rows: int = 128,
     tile: int = 64,
     num_warps: int = 8,
-    num_stages: int = 2,
+    num_stages: int = 3,
 ) -> Tensor:
     """Attention of the sequences that query_start_loc [n + 1], seq_lens [n] and block_tables [n, ...] name.
 

@@ -74,7 +74,7 @@ def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, gr
     wide = torch.randn(len(lengths), (kv_heads * group + 3) * head_dim, device=DEVICE).to(DTYPE)  # queries are a view of a wider tensor
     q = wide[:, : kv_heads * group * head_dim].view(len(lengths), kv_heads * group, head_dim)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    config = DecodeConfig(min_chunk=64)
+    config = DecodeConfig()
     plan = plan_decode(seq_lens, q.shape[1], kv_heads, head_dim, num_sms=4 if INTERPRETED else 132, config=config)
     plan.partial_out.fill_(float("nan"))
     out = poisoned(*q.shape)
