@@ -231,6 +231,12 @@ class Engine:
             now_ns=time.monotonic_ns(),
         )
 
+    @property
+    def transfer_worker(self) -> Any:
+        """Rank 0's end of KV transfer (None on a mixed node): what measuring tools look at and switch."""
+        assert self._executor is not None and self._executor.worker is not None
+        return self._executor.worker.connector
+
     def profile(self, start: bool) -> None:
         """Open or close a torch.profiler window over rank 0; the trace goes to ``trace_dir``, or to the working directory."""
         if start and self._profiler is None:

@@ -305,7 +305,9 @@ class Coordinator:
 
     def on_message(self, message: msgspec.Struct, now_ns: int) -> None:
         if self.prefill is not None:
-            if isinstance(message, wire.Announce):
+            if isinstance(message, wire.Queued):
+                self.prefill.on_queued(message)
+            elif isinstance(message, wire.Announce):
                 self.prefill.on_announce(message, now_ns)
             elif isinstance(message, wire.Cancel):
                 self.prefill.on_cancel(message, now_ns)

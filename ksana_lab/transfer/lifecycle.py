@@ -56,6 +56,7 @@ class PrefillEntry:
     session: int = 0  # 0 = not announced yet
     window: int = 0
     num_tokens_announced: int = 0
+    is_queued: bool = False  # D has the request, but no room yet
     first: FirstToken | None = None
     finished_ns: int | None = None  # the scheduler is done with it and holds its blocks
     sent: set[int] = field(default_factory=set)  # ranks
@@ -75,8 +76,8 @@ class PrefillLedger:
     """P's requests, by key."""
 
     def __init__(self, num_ranks: int, *, lease_ns: int, claim_ns: int, session_of: Callable[[str], int], effects: Effects) -> None:
-        """``lease_ns``: how long a finished prompt waits for its announcement. ``claim_ns``: how long an announcement for its request.
-        ``session_of(comm_key)``: of the connected pair, else 0."""
+        """``lease_ns``: how long a finished prompt waits for D to hear of its request. ``claim_ns``: how long an announcement waits for its
+        request, and a finished prompt for room on D. ``session_of(comm_key)``: of the connected pair, else 0."""
         self._num_ranks, self._lease_ns, self._claim_ns, self._effects = num_ranks, lease_ns, claim_ns, effects
         self._session_of = session_of
         self.entries: dict[TransferKey, PrefillEntry] = {}
@@ -154,6 +155,11 @@ class PrefillLedger:
             if key.comm_key == comm_key:
                 self._say_begun(key)
 
+    def on_queued(self, message: wire.Queued) -> None:
+        entry = self.entries.get(message.key)
+        if entry is not None and not entry.session:
+            entry.is_queued = True
+
     def on_announce(self, message: wire.Announce, now_ns: int) -> None:
         key, entry = message.key, self.entries.get(message.key)
         reason = self._exhume(key)
@@ -202,9 +208,12 @@ class PrefillLedger:
                 self.num_lease_expiries += 1
                 waited = f"{self._claim_ns / 1e9:g} s"
                 self._doom(entry, f"the prefill node did not see request {entry.key} within {waited} of its announcement", now_ns)
-            elif entry.finished_ns is not None and not entry.session and now_ns - entry.finished_ns >= self._lease_ns:
-                self.num_lease_expiries += 1
-                self._doom(entry, f"the decode node never announced request {entry.key} (waited {self._lease_ns / 1e9:g} s)", now_ns)
+            elif entry.finished_ns is not None and not entry.session:
+                patience_ns = self._claim_ns if entry.is_queued else self._lease_ns
+                if now_ns - entry.finished_ns >= patience_ns:
+                    self.num_lease_expiries += 1
+                    did = "had no room for" if entry.is_queued else "never announced"
+                    self._doom(entry, f"the decode node {did} request {entry.key} (waited {patience_ns / 1e9:g} s)", now_ns)
         while self._tombstones:
             key, (buried_ns, _) = next(iter(self._tombstones.items()))
             if now_ns - buried_ns < self._claim_ns:
@@ -322,6 +331,8 @@ class DecodeLedger:
         self._pair_of, self._describe, self._effects = pair_of, describe, effects
         self.entries: dict[TransferKey, DecodeEntry] = {}
         self.by_window: dict[int, DecodeEntry] = {}  # also those that are doomed
+        self._queued: set[TransferKey] = set()  # requests that wait for room here
+        self._begun: OrderedDict[TransferKey, None] = OrderedDict()  # what P has begun and is not here yet
         self._windows = itertools.count(1)
         self.num_received = self.num_failed = self.num_lease_expiries = 0
 
@@ -331,9 +342,16 @@ class DecodeLedger:
 
     # ---- this node ---------------------------------------------------------------------------------------------------
 
+    def on_queued(self, key: TransferKey) -> None:
+        """The request is here and has no blocks yet."""
+        self._queued.add(key)
+        if key in self._begun:
+            self._say_queued(key)
+
     def on_local(self, plan: ReceivePlan, seq_id: int, now_ns: int) -> None:
         """Blocks are allocated: announce them as soon as the pair is connected and every rank accepts writes."""
         assert plan.key not in self.entries, plan.key
+        self._forget_queued(plan.key)
         entry = DecodeEntry(plan, seq_id, now_ns, next(self._windows))
         self.entries[plan.key] = self.by_window[entry.window] = entry
         pair = self._pair_of(plan.key.comm_key)
@@ -342,6 +360,7 @@ class DecodeLedger:
 
     def on_abort(self, key: TransferKey, reason: str) -> None:
         """The scheduler gave it up, perhaps before it had blocks."""
+        self._forget_queued(key)
         entry = self.entries.get(key)
         if entry is not None:
             self._doom(entry, reason, is_local=True)
@@ -392,6 +411,12 @@ class DecodeLedger:
         pair = self._pair_of(message.key.comm_key)
         if pair is not None and pair.session == message.session:
             self._effects.news(News("begun", -1, key=message.key))
+            if message.key in self._queued:
+                self._say_queued(message.key)
+            elif message.key not in self.entries:
+                self._begun[message.key] = None
+                if len(self._begun) > MAX_UNCLAIMED:
+                    self._begun.popitem(last=False)
 
     def on_first_token(self, message: wire.FirstToken) -> None:
         entry = self._alive(message.window)
@@ -430,6 +455,14 @@ class DecodeLedger:
     def _alive(self, window: int) -> DecodeEntry | None:
         entry = self.by_window.get(window)
         return entry if entry is not None and not entry.reason else None
+
+    def _say_queued(self, key: TransferKey) -> None:
+        if (pair := self._pair_of(key.comm_key)) is not None:
+            self._effects.to_peer(pair.session, wire.Queued(pair.session, key))
+
+    def _forget_queued(self, key: TransferKey) -> None:
+        self._queued.discard(key)
+        self._begun.pop(key, None)
 
     def _arm(self, entry: DecodeEntry, pair: Pair) -> None:
         entry.session = pair.session

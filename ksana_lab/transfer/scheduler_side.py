@@ -71,6 +71,11 @@ class KVSchedulerConnector:
     def num_remote_tokens(self, seq: Sequence) -> int:
         return 0 if self._is_prefill or seq.transfer is None else seq.num_prompt_tokens
 
+    def on_queued(self, seq: Sequence) -> None:
+        key, decode = seq.transfer, self._coordinator.decode
+        if key is not None and decode is not None:
+            self._coordinator.post(lambda now_ns: decode.on_queued(key))
+
     def has_begun(self, seq: Sequence) -> bool:
         key = seq.transfer
         return key is None or key in self._begun or key.comm_key not in self._coordinator.connected

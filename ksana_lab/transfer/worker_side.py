@@ -110,9 +110,14 @@ class KVWorkerConnector:
         if self._fatal is not None:
             raise TransferError(f"KV transfer on rank {self._rank} died: {self._fatal!r}") from self._fatal
 
+    @property
+    def options(self) -> ConnectorOptions:
+        return self._options
+
     def reconfigure(self, options: ConnectorOptions) -> None:
         """P, between requests: another mode, grouping or emulated link from the next announcement on. Measuring tools compare settings
         on one running node with it."""
+        self._options = options
         if self._sender is not None:
             self._sender.reconfigure(options)
 

@@ -125,6 +125,18 @@ class Copier:
         self._rows[start : start + rows].copy_(self._host[start : start + rows], non_blocking=True)
         return start, rows
 
+    def contiguous_copy_s(self, target: int, nbytes: int) -> float:
+        times = []
+        with self._lock, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            for _ in range(_NUM_BURSTS + 2):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                cuda_driver.driver().copy_async(target, self._source, nbytes, self._stream.cuda_stream, self.device.index or 0)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 1e3)
+        return sorted(times)[len(times) // 2]
+
     def drain(self) -> None:
         """Returns when no copy is under way."""
         self._stream.synchronize()
@@ -164,6 +176,14 @@ class CudaIpcLink:
             seconds.append(ticket.wire_s)
         expected = self._expected * min(1.0, nbytes / _SCRATCH_BYTES)  # short bursts never reach the wire's speed
         return LinkReport(self._path, nbytes / min(seconds), self._stream.round_trip_s(timeout_s), expected)
+
+    def contiguous_copy_s(self, nbytes: int) -> float:
+        """What the copy engine takes for ``nbytes`` in one piece, over what the cache on D holds: the bar for scattered copies. Measuring
+        tools only."""
+        with self._lock:
+            if self._target is None:
+                raise TransferError("the link is closed")
+            return self._copier.contiguous_copy_s(self._target, nbytes)
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._stream.notify(window, token, notice)

@@ -1,0 +1,548 @@
+"""KV transfer, measured: what the data plane reaches, what stays exposed behind a real prefill, what a client notices.
+
+    python -m ksana_lab.bench transfer [--model qwen3-8b] [--backend auto] [--mode bulk,layer] [--tokens 1024,8192] [--gbps none,400]
+                                       [--parts link,overlap] [--end-to-end] [--csv FILE] [--figure FILE] [--json FILE]
+
+``link``: two processes and a link between them; blocks scattered at random on both sides; descriptors, post time and wire time apart, held
+against one contiguous copy of the same bytes in the same run. ``overlap``: a prefill engine here and a decode engine in another process;
+prompts with the transfer on and off in turn, since clocks drift. ``--end-to-end``: a mixed node and a 1P1D pair, both behind routers, asked
+in turn. Weights are random; on a CPU the same code runs with the tiny model.
+
+Hidden fraction = 1 - exposed / wire, with exposed the time from the last layer's end to the last byte's arrival, and wire the sum over the
+pieces. On a GPU both are taken by its clock; ``exposed_ms`` is the sender's own, up to the acknowledgement."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ksana_lab.bench._engines import Pair
+from ksana_lab.bench._transfer_peer import WINDOW
+from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.models.synth import shape, synthesize
+from ksana_lab.protocol.engine import SequenceUpdate
+from ksana_lab.transfer.base import DeviceTicket, Link
+from ksana_lab.transfer.plan import HeadSlice, copies
+from ksana_lab.transfer.registry import make_backend
+from ksana_lab.types import SamplingParams
+
+_BLOCK_SIZE = 16
+_TIMEOUT_S = 60.0
+_CHUNK_TOKENS = 2048  # of the data plane's chunk mode
+
+
+@dataclass
+class Row:
+    """One setting. ms are medians; ``gbps`` None = as fast as the hardware."""
+
+    part: str
+    backend: str
+    mode: str
+    tokens: int
+    gbps: float | None = None
+    nbytes: int = 0
+    descriptors: int = 0
+    post_ms: float = 0.0
+    wire_ms: float = 0.0
+    total_ms: float = 0.0  # link: until the last acknowledgement; overlap: until P has its token
+    reference_ms: float = 0.0  # link: one contiguous copy; overlap: the same prefill with the transfer off
+    exposed_ms: float = 0.0
+    device_exposed_ms: float = 0.0
+    handover_ms: float = 0.0  # from P's token to D's
+
+    @property
+    def bandwidth_ratio(self) -> float:
+        return self.reference_ms / self.wire_ms if self.wire_ms else 0.0
+
+    @property
+    def hidden_fraction(self) -> float:
+        exposed = self.device_exposed_ms if self.device_exposed_ms else self.exposed_ms
+        return 1.0 - min(1.0, exposed / self.wire_ms) if self.wire_ms else 0.0
+
+    @property
+    def slowdown_pct(self) -> float:
+        return 100 * (self.total_ms / self.reference_ms - 1) if self.reference_ms else 0.0
+
+    def line(self) -> str:
+        where = (
+            f"{self.part:8s} {self.backend:8s} {self.mode:6s} {self.tokens:6d} tok {'wire' if self.gbps is None else f'{self.gbps:g}G':>5s}"
+        )
+        if self.part == "link":
+            return (
+                f"{where}  {self.descriptors:6d} descr  post {self.post_ms:7.3f}  wire {self.wire_ms:8.3f}  total {self.total_ms:8.3f} ms  "
+                f"{self.nbytes / self.wire_ms / 1e6 if self.wire_ms else 0:7.1f} GB/s  {self.bandwidth_ratio:.3f} of contiguous"
+            )
+        return (
+            f"{where}  prefill {self.total_ms:8.2f} (off {self.reference_ms:8.2f}, {self.slowdown_pct:+5.1f}%)  wire {self.wire_ms:8.3f}  "
+            f"exposed {self.exposed_ms:7.3f} device {self.device_exposed_ms:6.3f}  hidden {self.hidden_fraction:.3f}  "
+            f"handover {self.handover_ms:7.3f} ms"
+        )
+
+
+# ---- the data plane alone --------------------------------------------------------------------------------------------
+
+
+class _Acks:
+    def __init__(self) -> None:
+        self.count = 0
+        self.lost: str | None = None
+
+    def on_ack(self, token: int, error: str | None) -> None:
+        assert error is None, error
+        self.count += 1
+
+    def on_lost(self, reason: str) -> None:
+        self.lost = reason
+
+
+@contextmanager
+def link_between(
+    name: str, layout: KVLayout, devices: tuple[torch.device, torch.device]
+) -> Iterator[tuple[Link, torch.Tensor, _Acks, Any]]:
+    """(link, P's cache of random bytes, acknowledgements, the peer process) to a process that serves a cache of the same layout."""
+    command = [sys.executable, "-m", "ksana_lab.bench._transfer_peer", name, str(layout.total_bytes), str(devices[1])]
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert peer.stdin is not None and peer.stdout is not None
+    link = None
+    try:
+        device = devices[0]
+        backend = make_backend(name, "127.0.0.1", on_gpu=device.type == "cuda")
+        cache = torch.randint(0, 256, (layout.total_bytes,), dtype=torch.uint8, device=device)
+        endpoint = json.loads(peer.stdout.readline())
+        acks = _Acks()
+        link = backend.connect(endpoint, cache, 1, acks, _TIMEOUT_S)
+        report = link.examine(_TIMEOUT_S)
+        print(f"{name}: {report.path}, burst {report.bandwidth / 1e9:.1f} GB/s, round trip {report.round_trip_s * 1e6:.0f} us", flush=True)
+        yield link, cache, acks, peer
+    finally:
+        if link is not None:
+            link.close()
+        peer.stdin.close()
+        try:
+            peer.wait(10)
+        except subprocess.TimeoutExpired:
+            peer.kill()
+            peer.wait()
+        peer.stdout.close()
+
+
+def measure_link(
+    model: str, backends: Sequence[str], modes: Sequence[str], lengths: Sequence[int], device: str, rounds: int
+) -> Iterator[Row]:
+    devices = (
+        (torch.device("cuda:0"), torch.device(f"cuda:{torch.cuda.device_count() - 1}")) if device == "cuda" else (torch.device("cpu"),) * 2
+    )
+    layout = _layout(model, max(lengths), device)
+    for name in backends:
+        with link_between(name, layout, devices) as (link, cache, acks, peer):
+            for tokens, mode in itertools.product(lengths, [mode for mode in modes if mode != "auto"]):
+                yield _measure_one(link, cache, acks, peer, layout, name, mode, tokens, rounds)
+
+
+def _layout(model: str, longest: int, device: str) -> KVLayout:
+    config = shape(*model.split("-", 1))
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return KVLayout(3 * -(-longest // _BLOCK_SIZE), config.num_layers, config.num_kv_heads, _BLOCK_SIZE, config.head_dim, dtype)
+
+
+def _measure_one(
+    link: Link, cache: torch.Tensor, acks: _Acks, peer: Any, layout: KVLayout, name: str, mode: str, tokens: int, rounds: int
+) -> Row:
+    dice = np.random.default_rng(tokens)
+    num = -(-tokens // _BLOCK_SIZE)
+    here, there = (dice.permutation(layout.num_blocks)[:num].tolist() for _ in range(2))
+    slices = [HeadSlice(0, 0, 0, 0, layout.num_kv_heads)]
+    parts = list(_parts(mode, tokens, layout.num_layers))
+    plans = [copies(layout, layout, slices, here, there, first, last, layers) for first, last, layers in parts]
+    row = Row("link", name, mode, tokens, nbytes=tokens * layout.token_bytes, descriptors=sum(map(len, plans)))
+    post, wire, total = [], [], []
+    for i in range(rounds + 2):
+        before, begin, tickets, posted = acks.count, time.perf_counter(), [], 0.0
+        event = None
+        if cache.is_cuda and mode == "layer":  # as behind a prefill: few SMs
+            event = torch.cuda.Event()
+            event.record()
+        for runs in plans:
+            start = time.perf_counter()
+            tickets.append(link.write(runs, WINDOW, event))
+            posted += time.perf_counter() - start
+        for ticket in tickets:
+            assert ticket.wait(_TIMEOUT_S), "a copy was not over in time"
+        for _ in plans:
+            link.notify(WINDOW, 1, b"done")
+        deadline = time.monotonic() + _TIMEOUT_S
+        while acks.count < before + len(plans):
+            assert time.monotonic() < deadline and acks.lost is None, acks.lost or "no acknowledgement"
+            time.sleep(20e-6)
+        if i >= 2:  # the first two warm up
+            total.append(time.perf_counter() - begin)
+            post.append(posted)
+            wire.append(sum(t.wire_s for t in tickets if isinstance(t, DeviceTicket)) or total[-1])
+    row.post_ms, row.wire_ms, row.total_ms = (1e3 * statistics.median(times) for times in (post, wire, total))
+    _check_bytes(cache, peer, plans)
+    row.reference_ms = 1e3 * _reference_s(link, row.nbytes)
+    return row
+
+
+def _parts(mode: str, tokens: int, num_layers: int) -> Iterator[tuple[int, int, range]]:
+    if mode == "layer":
+        yield from ((0, tokens, range(layer, layer + 1)) for layer in range(num_layers))
+    else:
+        step = _CHUNK_TOKENS if mode == "chunk" else tokens
+        yield from ((first, min(tokens, first + step), range(num_layers)) for first in range(0, tokens, step))
+
+
+def _check_bytes(cache: torch.Tensor, peer: Any, plans: Sequence[np.ndarray]) -> None:
+    """A few runs, by their sums on either side."""
+    for runs in (plans[0], plans[-1]):
+        for source, target, nbytes in runs[:: max(1, len(runs) // 3)].tolist():
+            peer.stdin.write(f"{target} {nbytes}\n")
+            peer.stdin.flush()
+            theirs, ours = int(peer.stdout.readline()), int(cache[source : source + nbytes].to(torch.int64).sum())
+            assert theirs == ours, f"{nbytes} bytes at {source} arrived damaged at {target}"
+
+
+def _reference_s(link: Any, nbytes: int) -> float:
+    """One contiguous copy of as many bytes over the same way."""
+    if hasattr(link, "contiguous_copy_s"):
+        return float(link.contiguous_copy_s(nbytes))
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        link.write(np.array([[0, 0, nbytes]], np.int64), WINDOW)
+        link._stream.ping(_TIMEOUT_S)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+# ---- behind a real prefill -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    mode: str
+    gbps: float | None
+
+
+def measure_overlap(
+    model_dir: str, backend: str, settings: Sequence[Setting], lengths: Sequence[int], device: str, rounds: int
+) -> Iterator[Row]:
+    config = shape(*Path(model_dir).name.split("-", 1))
+    longest = max(lengths)
+    pair = Pair(
+        model_dir, device=device, devices=(0, max(0, torch.cuda.device_count() - 1)), is_prefill_here=True,
+        cache={"num_blocks": 3 * -(-longest // _BLOCK_SIZE) + 16, "block_size": _BLOCK_SIZE},
+        scheduler={"max_num_batched_tokens": 16384, "max_num_seqs": 16, "waiting_timeout_s": 120.0},
+        connector={"backend": backend, "transfer_mode": "layer"}, model={"max_model_len": longest + 16},
+        runtime={"num_threads": 0 if device == "cuda" else 1},
+    )  # fmt: skip
+    with pair:
+        bench = _Overlap(pair, config.vocab_size)
+        for length in lengths:
+            yield from bench.measure(length, settings, backend, rounds)
+
+
+class _Overlap:
+    def __init__(self, pair: Pair, vocab_size: int) -> None:
+        self._pair, self._vocab = pair, vocab_size
+        self._prefill = pair.engines["prefill"].engine
+        self._options = self._prefill.config.connector
+        self._dice = random.Random(0)
+
+    def measure(self, length: int, settings: Sequence[Setting], backend: str, rounds: int) -> list[Row]:
+        """Every setting and the transfer switched off, once in each round."""
+        samples: dict[Setting | None, list[dict[str, float]]] = {key: [] for key in (None, *settings)}
+        for i in range(rounds + 1):
+            for key, seen in samples.items():
+                sample = self._once(length, key)
+                if i:  # the first round warms up
+                    seen.append(sample)
+        middle = {key: {name: statistics.median(s[name] for s in seen) for name in seen[0]} for key, seen in samples.items()}
+        off_ms = middle[None]["prefill_s"] * 1e3
+        rows = []
+        for key in settings:
+            found = middle[key]
+            wire_s = found["device_wire_s"] or found["wire_s"]
+            if key.gbps is not None:
+                wire_s = found["bytes_sent"] * 8 / (key.gbps * 1e9)
+            rows.append(
+                Row(
+                    "overlap", backend, key.mode, length, key.gbps, nbytes=int(found["bytes_sent"]), descriptors=int(found["copies"]),
+                    post_ms=found["post_s"] * 1e3, wire_ms=wire_s * 1e3, total_ms=found["prefill_s"] * 1e3, reference_ms=off_ms,
+                    exposed_ms=found["exposed_s"] * 1e3, handover_ms=found["handover_s"] * 1e3,
+                    device_exposed_ms=0.0 if key.gbps is not None else found["device_exposed_s"] * 1e3,
+                )
+            )  # fmt: skip
+        return rows
+
+    def _once(self, length: int, setting: Setting | None) -> dict[str, float]:
+        pair = self._pair
+        prompt = [self._dice.randrange(3, self._vocab) for _ in range(length)]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        if setting is not None:
+            link = self._options.link.model_copy(update={"bandwidth_gbps": setting.gbps})
+            options = self._options.model_copy(update={"transfer_mode": setting.mode, "link": link})
+            self._prefill.transfer_worker.reconfigure(options)
+        before = self._prefill.transfer_worker.stats()
+        number = pair.next_number()
+        if setting is not None:
+            pair.add("decode", number, prompt, sampling)
+            self._await_announcement()
+        ended: dict[str, float] = {}
+        begin = time.perf_counter()
+        pair.add("prefill", number, prompt, sampling, is_alone=setting is None)
+        deadline = begin + _TIMEOUT_S
+        while len(ended) < (1 if setting is None else 2) or not self._prefill.is_idle:
+            for role, engine in pair.engines.items():
+                if role == "decode" and (setting is None or "prefill" not in ended):
+                    continue  # nothing but P's own work while P works
+                _note(ended, role, engine.step())
+            assert time.perf_counter() < deadline, f"no end: {pair.statuses()}"
+        after = self._prefill.transfer_worker.stats()
+        sample = {name: after[name] - before[name] for name in after if not name.startswith("link_")}
+        sample["prefill_s"] = ended["prefill"] - begin
+        sample["handover_s"] = ended.get("decode", ended["prefill"]) - ended["prefill"]
+        return sample
+
+    def _await_announcement(self) -> None:
+        """As under load, where D knows of a request before P has computed it."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not self._prefill.status().transfer.get("state_announced", 0.0):
+            assert time.monotonic() < deadline, "the decode node announces nothing"
+            time.sleep(100e-6)
+
+
+def _note(ended: dict[str, float], role: str, updates: Sequence[SequenceUpdate]) -> None:
+    for update in updates:
+        assert update.error is None, update.error
+        if update.finish is not None:
+            ended[role] = time.perf_counter()
+
+
+# ---- as a client sees it ---------------------------------------------------------------------------------------------
+
+
+def measure_end_to_end(
+    model_dir: str, lengths: Sequence[int], device: str, rounds: int, rate_requests: int
+) -> Iterator[tuple[str, str, float]]:
+    """(name, unit, value). Both clusters run at once and are asked in turn; P shares its GPU with the mixed node, which is idle then."""
+    from ksana_lab.cluster.local import Cluster
+    from ksana_lab.metrics.latency import tpot_s, ttft_s
+    from ksana_lab.workload.loadgen import play
+    from ksana_lab.workload.spec import WorkloadSpec
+
+    longest = max(lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        clusters = {}
+        for name in ("mixed", "pd"):
+            file = Path(folder, f"{name}.yaml")
+            file.write_text(json.dumps(_cluster(model_dir, name, device, longest)), encoding="utf-8")
+            clusters[name] = Cluster.from_yaml(str(file))
+        try:
+            for cluster in clusters.values():
+                cluster.start()
+            for length in lengths:
+                found: dict[str, list[Any]] = {name: [] for name in clusters}
+                for i in range(rounds + 1):
+                    for name, cluster in clusters.items():
+                        spec = WorkloadSpec.from_dict(_fixed(length, 16, num_requests=2, users=1, num_warmup=1 if i == 0 else 0))
+                        found[name] += play(cluster.url, spec, progress=False)[-2:] if i else play(cluster.url, spec, progress=False)[:0]
+                medians = {name: statistics.median(1e3 * t for r in records if (t := ttft_s(r))) for name, records in found.items()}
+                added = medians["pd"] - medians["mixed"]
+                yield f"ttft_ms.mixed.{length}", "ms", medians["mixed"]
+                yield f"ttft_ratio.{length}", "x", medians["pd"] / medians["mixed"]
+                yield f"ttft_added_ms.{length}", "ms", added
+                gaps = [1e3 * (r.token_times_s[1] - r.token_times_s[0]) for r in found["pd"] if len(r.token_times_s) > 2]
+                steps = [1e3 * (b - a) for r in found["pd"] for a, b in itertools.pairwise(r.token_times_s[1:])]
+                if gaps and steps:
+                    yield f"first_gap_added_ms.{length}", "ms", statistics.median(gaps) - statistics.median(steps)
+            if rate_requests:
+                spec = WorkloadSpec.from_dict(_fixed(min(4096, longest), 128, num_requests=rate_requests, rate=8.0, num_warmup=2))
+                records = play(clusters["pd"].url, spec, progress=False)
+                for name, function, percent in (("ttft_p50", ttft_s, 50), ("tpot_p50", tpot_s, 50), ("tpot_p99", tpot_s, 99)):
+                    values = [1e3 * value for record in records if (value := function(record)) is not None]
+                    yield f"pd_8rps.{name}_ms", "ms", float(np.percentile(values, percent))
+                yield "pd_8rps.failed", "requests", float(sum(not record.is_ok for record in records))
+        finally:
+            for cluster in clusters.values():
+                cluster.close()
+
+
+def _fixed(prompt: int, output: int, **more: Any) -> dict[str, Any]:
+    lengths = {"prompt_tokens": {"kind": "fixed", "tokens": prompt}, "output_tokens": {"kind": "fixed", "tokens": output}}
+    return {**lengths, "vocab_size": 1000, **more}
+
+
+def _cluster(model_dir: str, kind: str, device: str, longest: int) -> dict[str, Any]:
+    node: dict[str, Any] = {"tensor_parallel_size": 1}
+    on = (lambda index: {"device_ids": [index]}) if device == "cuda" else (lambda index: {})
+    last = max(0, torch.cuda.device_count() - 1)
+    nodes: dict[str, Any] = {"mixed": {**node, "role": "mixed", **on(0)}}
+    if kind == "pd":
+        nodes = {"prefill": {**node, "role": "prefill", **on(0)}, "decode": {**node, "role": "decode", **on(last)}}
+    return {
+        "model_dir": model_dir,
+        "start_timeout_s": 180,
+        "router": {"port": "auto"},
+        "nodes": nodes,
+        "setting": {
+            "global": {"enable_cuda_graph": True},
+            "connector": {"communication_type": "auto", "heartbeat_interval_ms": 1000},
+            "batch_scheduler": {
+                "max_step_tokens": 16384, "max_batch_size": 128, "max_token_len": longest + 256, "split_fuse_token_num": 0,
+            },
+        },
+        "ksana_lab": {
+            "device": device, "num_blocks": 12_000 if device == "cuda" else 4 * -(-longest // _BLOCK_SIZE), "transfer_mode": "auto",
+        },
+    }  # fmt: skip
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _arguments(argv)
+    arch, _, shape_name = args.model.partition("-")
+    backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
+    rows: list[Row] = []
+    figures: list[tuple[str, str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = str(synthesize(Path(folder, args.model), arch, shape_name, has_weights=args.device != "cuda"))
+        if "link" in args.parts:
+            for row in measure_link(args.model, backends, args.mode, args.tokens, args.device, args.rounds):
+                _keep(row, rows, args)
+        if "overlap" in args.parts:
+            settings = [Setting(mode, gbps) for gbps in args.gbps for mode in args.mode if gbps is None or mode != "auto"]
+            for row in measure_overlap(model_dir, args.backend, settings, args.tokens, args.device, args.rounds):
+                _keep(row, rows, args)
+        figures += named(rows)
+        if args.end_to_end:
+            for figure in measure_end_to_end(model_dir, args.tokens, args.device, args.rounds, args.rate_requests):
+                print(f"{figure[0]:32s} {figure[2]:10.3f} {figure[1]}", flush=True)
+                figures.append(figure)
+                if args.json:
+                    write_json(args.json, figures)
+    for name, unit, value in named(rows):
+        print(f"{name:36s} {value:10.4f} {unit}", flush=True)
+    if args.json:
+        write_json(args.json, figures)
+    if args.figure and rows:
+        draw(rows, args.figure)
+    return 0
+
+
+def _keep(row: Row, rows: list[Row], args: argparse.Namespace) -> None:
+    print(row.line(), flush=True)
+    rows.append(row)
+    if args.csv:
+        write_csv(args.csv, rows)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(prog="python -m ksana_lab.bench transfer", description="KV transfer, measured.")
+    parser.add_argument("--model", default="qwen3-8b" if device == "cuda" else "qwen3-tiny", metavar="ARCH-SHAPE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--backend", default="auto", choices=("auto", "cuda_ipc", "shm", "tcp"))
+    parser.add_argument("--mode", type=lambda text: text.split(","), default=["bulk", "chunk", "layer"], help="of bulk, chunk, layer, auto")
+    parser.add_argument("--tokens", type=_numbers, default=[512, 2048, 8192] if device == "cuda" else [64, 256], help="prompt lengths")
+    parser.add_argument("--gbps", type=_speeds, default=[None], help="emulated links, e.g. none,400,100,25 (none: the hardware's own)")
+    parser.add_argument("--parts", type=lambda text: text.split(",") if text else [], default=["link", "overlap"], help="of link, overlap")
+    parser.add_argument("--end-to-end", action="store_true", help="mixed against 1P1D through routers")
+    parser.add_argument("--rate-requests", type=int, default=100, help="end to end: requests at 8 a second; 0 = none")
+    parser.add_argument("--rounds", type=int, default=5)
+    for name in ("csv", "figure", "json"):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _speeds(text: str) -> list[float | None]:
+    return [None if part == "none" else float(part) for part in text.split(",")]
+
+
+def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
+    """The figures that ``docs/results/transfer.json`` keeps, of the fastest backend measured first."""
+    out: dict[str, tuple[str, float]] = {}
+    for row in rows:
+        link = "" if row.gbps is None else f".{row.gbps:g}gbps"
+        if row.part == "link":
+            out.setdefault(f"bandwidth_ratio.{row.mode}.{row.tokens}", ("x", row.bandwidth_ratio))
+            out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.nbytes / row.wire_ms / 1e6))
+        else:
+            out[f"hidden_fraction.{row.mode}.{row.tokens}{link}"] = ("", row.hidden_fraction)
+            out[f"exposed_ms.{row.mode}.{row.tokens}{link}"] = ("ms", row.exposed_ms)
+            if row.gbps is None:
+                out[f"prefill_slowdown_pct.{row.mode}.{row.tokens}"] = ("%", row.slowdown_pct)
+    return [(name, unit, value) for name, (unit, value) in out.items()]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), "bandwidth_ratio", "hidden_fraction", "slowdown_pct"])
+        writer.writeheader()
+        for row in rows:
+            derived = {"bandwidth_ratio": row.bandwidth_ratio, "hidden_fraction": row.hidden_fraction, "slowdown_pct": row.slowdown_pct}
+            writer.writerow(asdict(row) | derived)
+
+
+def write_json(path: Path, figures: Sequence[tuple[str, str, float]]) -> None:
+    """Add ``figures`` to the file, newer ones in the place of those of the same name."""
+    from ksana_lab.bench.engine import commit
+
+    kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    kept.update({name: {"name": name, "unit": unit, "floor": None, "ours": value} for name, unit, value in figures})
+    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "CPU"
+    head = {"date": datetime.date.today().isoformat(), "machine": f"{machine}, torch {torch.__version__}", "commit": commit()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "rows": list(kept.values())}, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Exposed time against prompt length, one panel for each link speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row.part == "overlap"]
+    speeds = list(dict.fromkeys(row.gbps for row in rows))
+    if not speeds:
+        return
+    figure, panels = plt.subplots(1, len(speeds), figsize=(3.2 * len(speeds), 3), sharey=True, squeeze=False)
+    for axes, gbps in zip(panels[0], speeds, strict=True):
+        for mode in dict.fromkeys(row.mode for row in rows):
+            points = sorted((row.tokens, row.exposed_ms) for row in rows if (row.gbps, row.mode) == (gbps, mode))
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=mode)
+        axes.set(title="hardware's own link" if gbps is None else f"{gbps:g} Gb/s", xlabel="prompt tokens", xscale="log", yscale="log")
+    panels[0][0].set_ylabel("exposed (ms)")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
