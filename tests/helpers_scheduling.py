@@ -134,6 +134,7 @@ class FakeConnector:
     keeps_blocks: bool = True  # what on_finished answers
     remote: bool = True
     unbegun: set[int] = field(default_factory=set)  # prompts that P has not begun
+    queued: list[int] = field(default_factory=list)
     announced: list[int] = field(default_factory=list)
     first_tokens: dict[int, int] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
@@ -143,6 +144,9 @@ class FakeConnector:
 
     def num_remote_tokens(self, seq: Sequence) -> int:
         return seq.num_prompt_tokens if self.remote else 0
+
+    def on_queued(self, seq: Sequence) -> None:
+        self.queued.append(seq.seq_id)
 
     def has_begun(self, seq: Sequence) -> bool:
         return seq.seq_id not in self.unbegun

@@ -63,7 +63,7 @@ class ConnectorOptions(Frozen):
     )
     heartbeat_interval_s: float = Field(5.0, gt=0)
     connect_timeout_s: float = Field(1800.0, gt=0)  # bound on bringing up a pair
-    lease_s: float = Field(60.0, gt=0)  # how long P keeps a finished prompt's blocks for a D that says nothing
+    lease_s: float = Field(60.0, gt=0)  # how long P keeps a finished prompt's blocks for a D that has not heard of it; D waits so for its P
     transfer_mode: Literal["bulk", "chunk", "layer", "auto"] = "layer"
     layers_per_chunk: int = Field(1, ge=1)  # layer mode: layers sent together
     bulk_below_tokens: int | None = Field(None, ge=0)  # shorter prompts go in bulk in every mode; None = 512 under auto, 0 else

@@ -73,6 +73,9 @@ class SchedulerConnector(Protocol):
     def num_remote_tokens(self, seq: Sequence) -> int:
         """D: how many prompt tokens' KV will arrive instead of being computed (0: compute it here)."""
 
+    def on_queued(self, seq: Sequence) -> None:
+        """``seq`` waits here. D: P need not fear that nobody will fetch it."""
+
     def has_begun(self, seq: Sequence) -> bool:
         """D: P has begun the prompt and will finish it whatever is admitted here, or there is no P to ask. P: not called."""
 
@@ -104,6 +107,8 @@ class NoTransfer:
 
     def num_remote_tokens(self, seq: Sequence) -> int:
         return 0
+
+    def on_queued(self, seq: Sequence) -> None: ...
 
     def has_begun(self, seq: Sequence) -> bool:
         return True

@@ -104,6 +104,8 @@ class Scheduler:
         self._by_request[seq.request_id] = seq
         self.waiting[seq.seq_id] = seq
         heapq.heappush(self._deadlines, (seq.arrival_ns + int(self.options.waiting_timeout_s * 1e9), seq.seq_id, seq))
+        if seq.transfer is not None:
+            self.connector.on_queued(seq)
         self._event("QUEUED", seq)
 
     def abort(self, request_id: str, reason: str, now_ns: int) -> None:

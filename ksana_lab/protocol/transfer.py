@@ -122,6 +122,13 @@ class Begun(msgspec.Struct, tag=True):
     key: TransferKey
 
 
+class Queued(msgspec.Struct, tag=True):
+    """D -> P, the answer to ``Begun``: D has the request and will announce it when it has room, or cancel it."""
+
+    session: Id
+    key: TransferKey
+
+
 class FirstToken(msgspec.Struct, tag=True):
     """P -> D: what the prompt's last logits gave."""
 
@@ -158,7 +165,7 @@ class CancelDone(msgspec.Struct, tag=True):
     window: Id
 
 
-ToPrefill = Hello | Announce | Cancel | Ping | Bye
+ToPrefill = Hello | Queued | Announce | Cancel | Ping | Bye
 ToDecode = Welcome | Refuse | Connected | Begun | FirstToken | Failed | CancelDone | Pong | Bye
 
 

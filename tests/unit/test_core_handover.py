@@ -32,6 +32,7 @@ def test_decode_waits_until_all_kv_has_arrived():
     sched, connector, work = decode_node()
     seq = sequence(0, 9, 6, key=True)
     sched.add(seq)
+    assert connector.queued == [0]
     assert not work.turn().scheduled and connector.announced == [0] and len(seq.block_table) == 3
     deliver(work, connector, seq)
     connector.keeps_blocks = False
@@ -251,4 +252,4 @@ def test_the_peer_hears_of_a_request_that_was_refused():
     sched.add(sequence(0, 9, key=True))
     with pytest.raises(QueueFull):
         sched.add(sequence(1, 9, key=True))
-    assert connector.finished == [1]
+    assert connector.finished == [1] and connector.queued == [0]

@@ -126,6 +126,17 @@ def test_p_fails_a_finished_prompt_that_is_never_announced(p):
     assert p.said.take() == ["peer:Failed", "peer:CancelDone", "news:failed"]
 
 
+def test_p_keeps_a_finished_prompt_longer_for_a_d_that_has_queued_it(p):
+    p.on_local(KEY, SEQ, SERIAL, 8, 0)
+    p.on_first_token(KEY, SERIAL, FirstToken(42))
+    p.on_finished(KEY, SERIAL, 0)
+    p.on_queued(wire.Queued(SESSION, KEY))
+    p.expire(599 * S)
+    assert p.said.take() == []
+    p.expire(600 * S)
+    assert "had no room for request 7.0 (waited 600 s)" in p.said.news_[0].reason
+
+
 def test_p_fails_an_announcement_whose_request_never_comes(p):
     p.on_announce(announce(), 0)
     p.expire(600 * S)
@@ -253,6 +264,24 @@ def test_d_passes_on_what_p_has_begun_also_before_it_has_the_request(d):
     d.on_begun(wire.Begun(SESSION, KEY))
     d.on_begun(wire.Begun(SESSION + 1, KEY))
     assert [(n.kind, n.key) for n in d.said.news_] == [("begun", KEY)]
+
+
+@pytest.mark.parametrize("queued_first", [True, False])
+def test_d_says_that_it_has_queued_what_p_has_begun(d, queued_first):
+    steps = [lambda: d.on_queued(KEY), lambda: d.on_begun(wire.Begun(SESSION, KEY))]
+    for step in steps if queued_first else reversed(steps):
+        step()
+    assert d.said.peer == [wire.Queued(SESSION, KEY)]
+    d.on_local(PLAN, SEQ, 0)
+    d.on_begun(wire.Begun(SESSION, KEY))
+    assert len(d.said.peer) == 1 and not d._begun and not d._queued
+
+
+def test_d_forgets_what_it_had_queued_and_gave_up(d):
+    d.on_queued(KEY)
+    d.on_abort(KEY, "client left")
+    d.on_begun(wire.Begun(SESSION, KEY))
+    assert [type(m) for m in d.said.peer] == [wire.Cancel]
 
 
 def test_d_runs_a_sequence_when_all_ranks_and_the_first_token_are_there(d):
