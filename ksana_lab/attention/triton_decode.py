@@ -60,7 +60,8 @@ def _plan_kernel(
         gdc_launch_dependents()
         gdc_wait()
     seq = tl.arange(0, BLOCK)
-    lens = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
+    is_real = seq < num_seqs
+    lens = tl.load(seq_lens + seq, mask=is_real, other=0)
     # The smallest chunk, in tiles, with which the items still fit in what runs at once: every program then has about the same work.
     # Never smaller than an even share of all keys, where sequences alone are more than run at once.
     limit = tl.maximum(target_items, num_seqs + target_items // 2)
@@ -68,13 +69,13 @@ def _plan_kernel(
     high = tl.maximum(tl.cdiv(tl.max(lens), TILE), low)
     while low < high:
         middle = (low + high) // 2
-        if tl.sum(tl.cdiv(lens, middle * TILE)) <= limit:
+        if tl.sum(tl.where(is_real, tl.maximum(tl.cdiv(lens, middle * TILE), 1), 0)) <= limit:
             high = middle
         else:
             low = middle + 1
     count = tl.maximum(tl.cdiv(lens, low * TILE), 1)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(lens, count), TILE), 1) * TILE  # even parts, one size for each sequence
-    count = tl.where(seq < num_seqs, tl.maximum(tl.cdiv(lens, chunk), 1), 0)
+    count = tl.where(is_real, tl.maximum(tl.cdiv(lens, chunk), 1), 0)
     first = tl.cumsum(count, 0) - count
     for split in range(tl.max(count)):
         item = items + (first + split) * FIELDS

@@ -84,6 +84,23 @@ def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, gr
         assert relative_error(out, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("lengths", [[100_000, 0, 0, 0], [0] * 40, [1] * 300, [16_000] + [300] * 31, [70_000, 5], [0, 64, 65, 0]])
+def test_decode_plan_covers_every_key_once_and_fits(lengths):
+    from ksana_lab.attention.triton_decode import DecodeConfig, plan_decode
+
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    for config in (DecodeConfig(), DecodeConfig(tile=32, programs_per_sm=2)):
+        items = plan_decode(seq_lens, 8, 8, 64, 132, config).items.tolist()
+        used = [item for item in items if item[0] >= 0]
+        assert items[: len(used)] == used and len(used) <= len(items)
+        for seq, length in enumerate(lengths):
+            mine = [(i, item) for i, item in enumerate(used) if item[0] == seq]
+            assert all(item[3] == mine[0][0] and item[4] == len(mine) for _, item in mine)
+            edges = [item[1] for _, item in mine] + [length]
+            assert edges[0] == 0 and [item[2] for _, item in mine] == edges[1:] and edges == sorted(edges)
+        assert max(used, key=lambda item: item[0])[0] == len(lengths) - 1
+
+
 def test_decode_attention_of_padding_is_zero_and_leaves_others_alone():
     from ksana_lab.attention.triton_decode import decode_attention, plan_decode
 
