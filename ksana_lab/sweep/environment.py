@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import platform
@@ -26,7 +25,6 @@ _PACKAGES = ("ksana_lab", "torch", "numpy", "triton", "transformers", "tokenizer
 _VARIABLES = ("CUDA_", "NCCL_", "NVSHMEM_", "UCX_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "TRITON_", "KSANA_LAB_")
 
 
-@functools.cache
 def code_version() -> str:
     """12 digits of a hash over the package's source as far as it takes part in a run: independent of commits that change something else,
     and true where files were edited without one."""
@@ -44,7 +42,6 @@ def _sources() -> Iterator[Path]:
 def capture() -> dict[str, Any]:
     """For a run's folder: JSON types only. Of the variables, those that steer libraries; never a credential."""
     return {
-        "code_version": code_version(),
         **_git(),
         "command": sys.argv,
         "python": sys.version.split()[0],

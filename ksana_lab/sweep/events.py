@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ENDS = (b'"FINISHED"', b'"ABORTED"', b'"FAILED"')
 _LOOK_EVERY_S = 0.02  # other processes write these files: there is nothing to wait on but their growth
-_QUIET_S = 0.1
+_QUIET_S = 0.15  # longer than a process gathers events before it writes them
 
 
 class EventTap:

@@ -97,6 +97,8 @@ def markdown(runs: pd.DataFrame, axes: Sequence[str] = ()) -> str:
         return "no finished runs\n"
     by = list(dict.fromkeys(["system", "split", *(axis for axis in axes if axis in runs), "rate"]))
     rows = []
+    curve = runs.groupby([name for name in by if name != "rate"], sort=False, dropna=False).ngroup()
+    runs = runs.assign(curve=curve).sort_values(["curve", "rate"], kind="stable")  # a search tries rates out of order
     for names, group in runs.groupby(by, sort=False, dropna=False):
         row = {name: "-" if pd.isna(label) else _number(label) for name, label in zip(by, names, strict=True)}
         row["runs"] = f"{len(group)}{'' if group['is_trustworthy'].all() else ' *'}"

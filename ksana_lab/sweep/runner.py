@@ -361,7 +361,7 @@ class _Runs:
         try:
             if point.cluster_key in self._broken:
                 raise KsanaLabError(f"its cluster did not start: {self._broken[point.cluster_key]}")
-            self._measure(point, run_id)
+            run_id = self._measure(point, run_id)
         except asyncio.CancelledError:
             raise Stopped(f"stopped; run it again to go on from {self._store.folder}") from None
         except Exception as error:
@@ -384,9 +384,14 @@ class _Runs:
     def close(self) -> None:
         self._drop_cluster()
 
-    def _measure(self, point: SweepPoint, run_id: str) -> None:
+    def _measure(self, point: SweepPoint, run_id: str) -> str:
+        """The run's id: another than foreseen where the source was edited before the cluster started."""
         sweep, store = self._sweep, self._store
         up = self._cluster(point)
+        if up.code_version != sweep._code_version:
+            log.warning("the source was edited since the sweep began; %s is kept as a run of %s", point, up.code_version)
+            run_id = point.run_id(up.code_version)
+            store.add_run(run_id)
         self._check_stop()
         self._told("measuring", point)
         columns = sweep.columns(point)
@@ -404,8 +409,14 @@ class _Runs:
             report.notes.append("the event logs do not show the end of every request")
         timing = {"run_s": time.monotonic() - started_s, "cluster_start_s": up.start_s, "unix_s": time.time()}
         nodes = {node.name: node.config_text() for node in up.cluster.plan.nodes}
-        facts = {"is_trustworthy": report.is_trustworthy, "send_lag_p99_s": report.send_lag_p99_s, "loop_lag_p99_s": report.loop_lag_p99_s}
+        facts = {
+            "is_trustworthy": report.is_trustworthy,
+            "send_lag_p99_s": report.send_lag_p99_s,
+            "loop_lag_p99_s": report.loop_lag_p99_s,
+            "code_version": up.code_version,
+        }
         store.save(run_id, point, report, {**columns, **facts}, slo=sweep.config.slo_or_none, nodes=nodes, timing=timing, folder=folder)
+        return run_id
 
     def _cluster(self, point: SweepPoint) -> _Up:
         """The cluster of this point, kept from the last one where it is the same."""
@@ -413,7 +424,7 @@ class _Runs:
             return self._up
         self._drop_cluster()
         self._told("starting", point)
-        key, stack, started_s = point.cluster_key, contextlib.ExitStack(), time.monotonic()
+        key, stack, started_s, version = point.cluster_key, contextlib.ExitStack(), time.monotonic(), code_version()
         try:
             raw = stack.enter_context(self._store.raw_events(key)) if self._sweep.config.events else None
             cluster = self._sweep._make_cluster(point.setup.cluster, raw, self._store.logs(key))
@@ -426,7 +437,7 @@ class _Runs:
         except BaseException:
             stack.close()
             raise
-        self._up = _Up(key, cluster, EventTap(raw) if raw else None, time.monotonic() - started_s, stack)
+        self._up = _Up(key, cluster, EventTap(raw) if raw else None, time.monotonic() - started_s, version, stack)
         return self._up
 
     def _drop_cluster(self) -> None:
@@ -458,6 +469,7 @@ class _Up:
     cluster: RunningCluster
     tap: EventTap | None
     start_s: float
+    code_version: str  # when it started: its processes have read the source then
     stack: contextlib.ExitStack = field(repr=False)
 
 

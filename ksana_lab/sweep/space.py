@@ -33,7 +33,7 @@ from ksana_lab.workload.spec import WorkloadSpec
 
 DISAGGREGATED, AGGREGATED = "disaggregated", "aggregated"
 # Columns of every result: an axis of the same name would hide one.
-RESERVED = ("run_id", "system", "repeat", "seed", "num_gpus", "folder", "is_baseline", "is_trustworthy")
+RESERVED = ("run_id", "system", "repeat", "seed", "num_gpus", "folder", "is_baseline", "is_trustworthy", "code_version")
 UNSET = "unset"  # the label of a null value: the key is as if absent
 
 # What only a pair of nodes reads. A mixed node's configuration without them is the same at every point that differs in nothing else, so

@@ -149,7 +149,7 @@ class Store:
         files = {
             "cluster.yaml": cluster_text(point.setup.cluster),
             "workload.yaml": yaml_file.dump(point.workload.to_dict()),
-            "environment.json": _json(capture()),
+            "environment.json": _json({"code_version": columns["code_version"], **capture()}),
             "report.json": _json(report_facts(report)),
             "summary.json": _json({name: value if name != "slo" else slo and vars(slo) for name, value in _plain(summary).items()}),
             "vllm.json": _json({**_vllm_context(point, columns), **vllm_result(report.records, summary)}),

@@ -9,6 +9,7 @@ from helpers_sweep import FakeClusters, FakePlayer, fake_sweep, write_sweep
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.export import load_records
+from ksana_lab.sweep import runner
 from ksana_lab.sweep.runner import LoadPlayer, Stopped, Sweep
 from ksana_lab.workload.spec import WorkloadSpec
 from ksana_lab.workload.stub import StubServer
@@ -70,6 +71,14 @@ def test_a_cluster_that_does_not_start_fails_its_points_once(tmp_path):
     assert set(sweep.run_sync()["system"]) == {"disaggregated"} and len(clusters.started) == 1
     errors = [failure["error"] for failure in sweep.failures]
     assert len(errors) == 3 and all("cannot find its weights" in error for error in errors)
+
+
+def test_a_run_made_after_the_source_was_edited_is_kept_as_one_of_the_new_code(tmp_path, monkeypatch):
+    sweep = fake_sweep(tmp_path, baseline=False)
+    monkeypatch.setattr(runner, "code_version", lambda: "edited")
+    assert sweep.run_sync()["code_version"].tolist() == ["edited"]
+    player = FakePlayer()
+    assert len(fake_sweep(tmp_path, baseline=False, player=player).run_sync()) == 1 and player.played == []
 
 
 async def test_cancelling_keeps_what_is_finished_and_closes_the_cluster(tmp_path):
