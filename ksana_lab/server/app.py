@@ -96,6 +96,7 @@ class NodeServer:
             max_num_waiting=config.scheduler.max_num_waiting,
             waiting_timeout_s=config.scheduler.waiting_timeout_s,
             probe_period_s=probe_period_s,
+            node=f"{connector.role.value} node",
         )
         self.registrar = Registrar(connector, self.engine) if connector.router_addr is not None else None
         self.metrics = ServerMetrics(connector.role.value)
@@ -149,7 +150,7 @@ class NodeServer:
         self.stop()
 
     def _before_shutdown(self) -> None:
-        self.engine.fail_requests(ServiceUnavailable("this node is shutting down"))
+        self.engine.fail_requests(ServiceUnavailable(f"this {self.config.connector.role.value} node is shutting down"))
 
     # ---- routes ------------------------------------------------------------------------------------------------------
 

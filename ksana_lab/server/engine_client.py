@@ -118,7 +118,10 @@ class EngineClient:
         max_num_waiting: int = 1200,
         waiting_timeout_s: float = 600.0,
         probe_period_s: float = PROBE_PERIOD_S,
+        node: str = "node",
     ) -> None:
+        """``node``: what messages to clients call it, who may have sent their request to a router."""
+        self._node = node
         self._channel = ServerChannel(api_address, self._on_message, self._on_error)
         self._engine_alive = engine_alive
         self._max_num_waiting = max_num_waiting
@@ -167,7 +170,7 @@ class EngineClient:
             await asyncio.gather(self._watch, return_exceptions=True)
             self._watch = None
             if self.failure is None:
-                self.fail_requests(ServiceUnavailable("this node is shutting down"))
+                self.fail_requests(ServiceUnavailable(f"this {self._node} is shutting down"))
                 self._send_or_note(Shutdown())
         self._channel.close()
 
@@ -185,11 +188,11 @@ class EngineClient:
     def check_admission(self) -> EngineReady:
         """Raises ServiceUnavailable (no engine, or still loading) or QueueFull."""
         if self.failure is not None:
-            raise ServiceUnavailable(f"the engine of this node is gone: {_first_line(self.failure)}")
+            raise ServiceUnavailable(f"the engine of this {self._node} is gone: {_first_line(self.failure)}")
         if self.ready is None:
-            raise ServiceUnavailable("this node is still loading its model")
+            raise ServiceUnavailable(f"this {self._node} is still loading its model")
         if self._num_unstarted >= self._max_num_waiting:
-            raise QueueFull(f"{self._num_unstarted} sequences are waiting, the limit of this node; try again later")
+            raise QueueFull(f"{self._num_unstarted} sequences are waiting, the limit of this {self._node}; try again later")
         return self.ready
 
     def free_id(self, request_id: str) -> str:
@@ -321,7 +324,7 @@ class EngineClient:
         for asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(EngineDead(reason))
-        self.fail_requests(ServiceUnavailable(f"the engine of this node is gone: {_first_line(reason)}"))
+        self.fail_requests(ServiceUnavailable(f"the engine of this {self._node} is gone: {_first_line(reason)}"))
         self.failed.set()
 
     def _send_or_note(self, message: ToEngine) -> None:
