@@ -74,6 +74,10 @@ class NodeLoad(BaseModel):
     num_waiting: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0
+    # A prefill node with a pair: what its slowest KV link showed when it was connected.
+    link_bytes_per_s: float | None = None
+    link_round_trip_s: float | None = None
+    link_share_of_expected: float | None = None  # of what the hardware should give
 
 
 class Heartbeat(BaseModel):

@@ -164,7 +164,7 @@ class Router:
             "is_online": self.registry.is_online(node),
             "last_heartbeat_s_ago": round(self.registry.silent_s(node), 3),
             "incarnation": node.incarnation,
-            "load": node.load.model_dump(),
+            "load": node.load.model_dump(exclude_none=True),
             "in_flight": node.num_requests,
             "in_flight_tokens": node.num_tokens,
         }

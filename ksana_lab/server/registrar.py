@@ -249,4 +249,5 @@ def _load_of(status: EngineStatus | None) -> NodeLoad | None:
         num_waiting=status.num_waiting + status.num_waiting_kv,
         num_free_blocks=status.num_free_blocks,
         num_blocks=status.num_blocks,
+        **{name: status.transfer.get(name) for name in ("link_bytes_per_s", "link_round_trip_s", "link_share_of_expected")},
     )
