@@ -1,6 +1,7 @@
 """Axes to points, seeds, baselines; what is wrong in a sweep's file is said in one line before anything starts."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from helpers_sweep import CLUSTER, write_sweep
@@ -174,3 +175,10 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, changes, says):
     with pytest.raises(ConfigError) as caught:
         space(tmp_path, **changes)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_that_are_shipped_are_whole(path):
+    a_space = Space(SweepConfig.from_yaml(path), source=str(path))
+    sizes = {a_space.columns(setup)["num_gpus"] for setup in a_space.setups}
+    assert of(a_space, True) and len(sizes) == 1  # every system has the same number of GPUs
