@@ -7,7 +7,7 @@ import pytest
 from ksana_lab.core.connector import SendStep
 from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.protocol.transfer import Target
-from ksana_lab.transfer.outgoing import AUTO_BULK_TOKENS, Outgoing, Route, Step, choose_mode
+from ksana_lab.transfer.outgoing import AUTO_BULK_TOKENS, Outgoing, Route, Speeds, Step, choose_mode, exposed_s
 
 KEY = TransferKey("p:1__d:1", 7)
 LAYERS, BLOCK = 4, 4
@@ -137,3 +137,48 @@ def test_auto_sends_short_prompts_in_bulk_and_long_ones_in_pieces_worth_sending(
     assert choose_mode("auto", 1, AUTO_BULK_TOKENS - 1, 1 << 19) == ("bulk", 1)
     assert choose_mode("auto", 1, AUTO_BULK_TOKENS, 1 << 19) == ("layer", 2)
     assert choose_mode("chunk", 5, 10, 1) == ("chunk", 5)
+
+
+def test_on_a_device_groups_are_handed_out_before_they_are_computed():
+    out = prompt(group=2)
+    out.is_early = True
+    step = run(out, 0, 8, is_last=True, layers=0)
+    step.events += ["e0", "e1", "e2"]
+    piece = out.take(out.routes[0])
+    assert (piece.layers, piece.after, piece.ready_ns) == (range(0, 2), "e1", 0)
+    assert out.take(out.routes[0]) is None
+    step.events.append("e3")
+    assert out.take(out.routes[0]).layers == range(2, 4)
+    step.ready_ns += [5, 6]
+    assert (piece.after, piece.ready_ns) == (None, 6)
+    assert not out.is_sent
+
+
+@pytest.mark.parametrize("mode", ["bulk", "chunk"])
+def test_on_a_device_whole_prompts_wait_for_the_last_layer_s_event(mode):
+    out = prompt(mode)
+    out.is_early = True
+    step = run(out, 0, 8, is_last=True, layers=1)
+    step.events += [f"e{i}" for i in range(LAYERS)]
+    piece = out.take(out.routes[0])
+    assert (piece.start, piece.end, piece.layers, piece.after) == (0, 8, range(LAYERS), f"e{LAYERS - 1}")
+
+
+FAST = Speeds(bandwidth=300e9, piece_s=50e-6, layer_s=1e-3)
+
+
+def test_exposed_time_of_the_model_is_the_last_layer_when_computing_is_slower():
+    assert exposed_s(3_000_000, 36, 1, FAST) == pytest.approx(60e-6)
+    assert exposed_s(3_000_000, 36, 36, FAST) == pytest.approx(36 * 10e-6 + 50e-6)
+    starved = Speeds(bandwidth=1e9, piece_s=0, layer_s=1e-3)
+    assert exposed_s(3_000_000, 36, 1, starved) == pytest.approx(36 * 3e-3 - 35 * 1e-3)
+
+
+def test_measured_auto_sends_in_layers_where_that_hides_something_and_in_bulk_where_not():
+    def choose(speeds, tokens=8192, **more):
+        return choose_mode("auto", 1, tokens, tokens * 4096, num_layers=36, speeds=speeds, **more)
+
+    assert choose(FAST) == ("layer", 1)
+    assert choose(FAST, 256) == ("bulk", 1)
+    assert choose(Speeds(bandwidth=300e9, piece_s=0.1, layer_s=1e-3))[0] == "bulk"
+    assert choose_mode("layer", 2, 300, 1, bulk_below=512) == ("bulk", 2)
