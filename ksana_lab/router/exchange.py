@@ -312,7 +312,8 @@ class Exchange:
             self._side_failed(leg, leg.failure(502, "node_failed", f"sent {error}"))
         except (aiohttp.ClientError, OSError) as error:
             when = "before it answered" if leg.response is None else "in the middle of its reply"
-            self._side_failed(leg, leg.failure(502, "node_failed", f"closed the connection {when} ({_reason(error)})"))
+            why = "" if isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError)) else f" ({_reason(error)})"
+            self._side_failed(leg, leg.failure(502, "node_failed", f"closed the connection {when}{why}"))
         except Exception as error:
             logger.exception("request on %s", self.route)
             self.fail(Failure("internal_error", 500, "internal_error", f"the router failed: {type(error).__name__}"))
