@@ -17,6 +17,8 @@ REQUIRED_VARIABLES: dict[str, str] = {
     "ENABLE_LAYER_TRACKER": "1",  # without it a prefill node never sends a layer
 }
 
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
+
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "ws_proxy", "wss_proxy")
 
 
@@ -30,7 +32,7 @@ def _does_the_job(name: str, found: str | None, required: str) -> bool:
         return False
     if name == "SELECT_ALL_REDUCE_BY_SIZE":
         return True  # the reference asks for its presence only, whatever the value
-    if name == "PYTORCH_CUDA_ALLOC_CONF":
+    if name == ALLOCATOR_VARIABLE:
         return required in found
     return found == required
 
@@ -58,6 +60,16 @@ def child_environment(env: Mapping[str, str], extra: Mapping[str, str] | None = 
     child["no_proxy"] = child["NO_PROXY"] = "*"
     child["PYTHONUNBUFFERED"] = "1"
     return {**child, **(extra or {})}
+
+
+def engine_environment(env: Mapping[str, str], *, has_cuda_graphs: bool) -> dict[str, str]:
+    """``child_environment`` for an engine. With CUDA graphs the allocator's backend is torch's own after all: what is allocated during a
+    capture under cudaMallocAsync has no memory behind it yet, and Triton (3.6) refuses such pointers (docs/LOG.md, 2026-11-22)."""
+    child = child_environment(env)
+    if has_cuda_graphs:
+        options = child[ALLOCATOR_VARIABLE].split(",")
+        child[ALLOCATOR_VARIABLE] = ",".join(option for option in options if not option.strip().startswith("backend:"))
+    return child
 
 
 def is_proxy(name: str) -> bool:

@@ -156,8 +156,13 @@ class Worker:
         heads = model.num_local_heads(self.tp.size), model.num_local_kv_heads(self.tp.size)
         max_tokens = min(self.config.scheduler.max_num_batched_tokens, self.max_model_len)
         backend.warm_up(*heads, model.head_dim, max_tokens, self.dtype, self.device)
-        if self.config.runtime.enable_cuda_graph:
-            self.runner.capture_graphs()
+        if not self.config.runtime.enable_cuda_graph:
+            return
+        if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            log.warning("no CUDA graphs: Triton kernels cannot be captured under PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync; unset it "
+                        "in this process, or start the node with ksana_lab.launch, which does")  # fmt: skip
+            return
+        self.runner.capture_graphs()
 
     def execute(self, command: StepCommand) -> PendingTokens:
         return self.runner.execute(command)

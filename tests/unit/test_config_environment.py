@@ -70,3 +70,10 @@ def test_gpus_are_counted_from_nvidia_smi(monkeypatch, tmp_path):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert visible_gpus({}) == 2
+
+
+def test_an_engine_with_graphs_keeps_every_allocator_option_but_the_backend():
+    env = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync,expandable_segments:True"}
+    name = environment.ALLOCATOR_VARIABLE
+    assert environment.engine_environment(env, has_cuda_graphs=True)[name] == "expandable_segments:True"
+    assert environment.engine_environment(env, has_cuda_graphs=False)[name] == env[name]
