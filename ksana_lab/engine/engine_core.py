@@ -59,10 +59,12 @@ def run(config: EngineConfig, api_address: str) -> int:
         channel.send(EngineFailed(f"{type(error).__name__}: {error}" if is_ours else traceback.format_exc()))
         return 1
     finally:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending already: a second one must not cut that short
         if engine is not None:
             engine.close()
         recorder.close()
         channel.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Stopped(BaseException):

@@ -66,7 +66,8 @@ class Telemetry:
         self._ttft.labels(_label(path)).observe(ttft_s)
         self._overhead.observe(overhead_s)
         if self.recorder.enabled:
-            self.recorder.instant("FIRST_TOKEN", "request", request_id=request_id)
+            # Written when the request is over: ``ttft_us`` after its ARRIVED is when it was.
+            self.recorder.instant("FIRST_TOKEN", "request", request_id=request_id, ttft_us=round(ttft_s * 1e6))
 
     def ended(self, request_id: str, path: str, outcome: str, message: str | None = None) -> None:
         self._requests.labels(_label(path), outcome).inc()

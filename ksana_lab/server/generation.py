@@ -143,9 +143,9 @@ class Generation:
         self._num_open = len(sequences)
 
     def start(self, requests: Sequence[AddRequest]) -> None:
-        self._stream = self._engine.submit(requests)
-        if self._recorder.enabled:
+        if self._recorder.enabled:  # before, lest the engine's own mark come first
             self._record("QUEUED", num_prompt_tokens=self.num_prompt_tokens, num_sequences=len(requests))
+        self._stream = self._engine.submit(requests)
 
     @property
     def num_output_tokens(self) -> int:

@@ -79,7 +79,7 @@ class Recorder(NullRecorder):
         }
         self._write_line({"ph": "M", "name": "process", "args": header})
         self._file.flush()
-        self._wake = threading.Event()
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._write, name="trace-writer", daemon=True)
         self._thread.start()
 
@@ -104,10 +104,9 @@ class Recorder(NullRecorder):
     # ---- the writer's thread -----------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        while not self._closed:
+        while not self._stop.is_set():
             self._wake.wait()
-            if not self._closed:
-                time.sleep(_GATHER_S)
+            self._stop.wait(_GATHER_S)
             self._wake.clear()
             self._drain()
 
@@ -139,8 +138,14 @@ class Recorder(NullRecorder):
         if self._closed:
             return
         self._closed = True
+        self._stop.set()
         self._wake.set()
-        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+        try:
+            self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+        finally:  # a second SIGTERM may raise just here
+            self._finish()
+
+    def _finish(self) -> None:
         self._drain()
         end = {"written": self._written, "dropped": self._dropped}
         try:

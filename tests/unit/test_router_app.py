@@ -201,4 +201,4 @@ def test_a_signal_ends_the_process_with_code_0_and_leaves_an_event_log(tmp_path,
         os.kill(process.pid, number)
         assert process.wait(20) == 0
     (log,) = (tmp_path / "trace").glob("router-*.jsonl")
-    assert '"name": "end"' in log.read_text() and "listening on" in (tmp_path / "router.log").read_text()
+    assert '"name":"end"' in log.read_text() and "listening on" in (tmp_path / "router.log").read_text()

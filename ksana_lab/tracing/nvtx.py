@@ -1,0 +1,123 @@
+"""The same events as NVTX annotations, so that Nsight Systems shows them beside kernels: domain ``ksana_lab``, one category per component.
+
+A message is an event's name and arguments, ``send request=12.0 bytes=65536``; the payload is its most telling number. What is only known
+when it is over (``span``) becomes a mark; what is open while it lasts (``open``/``shut``, ``push``/``pop``) a range. The phases of a request
+are start/end ranges, which may begin in one coroutine or thread and end in another; push/pop ranges nest within a thread.
+
+Nothing is annotated while no tool listens. A mark ``clock monotonic_ns=…`` once a second ties a report to the event log."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ksana_lab.tracing.recorder import NullRecorder
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "ksana_lab"
+INJECTION_VARIABLE = "NVTX_INJECTION64_PATH"  # set by whichever tool collects NVTX in this process
+_CLOCK_INTERVAL_NS = 1_000_000_000
+_MAX_OPEN = 4096  # phases of requests that never ended
+_PAYLOAD = ("bytes", "num_tokens", "layer", "step", "seq_id")
+_COLOURS = {"request": "green", "step": "blue", "layer": "purple", "transfer": "orange", "clock": "gray"}
+_ABOUT = ("request_id", "request", "seq_id", "layer", "layers", "chunk", "bytes", "peer", "step", "num_tokens", "num_decodes", "rank")
+
+# Event of a request -> the phase that begins with it; None = none does.
+_ENGINE_PHASES = {
+    "QUEUED": "queueing",
+    "PREFILL_START": "prefill",
+    "PREFILL_END": "decode",
+    "TRANSFER_START": "waiting for KV",
+    "DECODE_QUEUED": "decode",
+    "PREEMPTED": "queueing",
+    "FINISHED": None,
+    "FAILED": None,
+    "ABORTED": None,
+}
+
+
+def annotate(recorder: NullRecorder, role: str, env: Mapping[str, str] = os.environ) -> NullRecorder:
+    """``recorder`` with annotations, if a tool collects them; else ``recorder`` itself."""
+    if not env.get(INJECTION_VARIABLE):
+        log.info("KSANA_LAB_NVTX is set, and no tool collects NVTX in this process (start it under nsys)")
+        return recorder
+    try:
+        return NvtxRecorder(recorder, role)
+    except ImportError as error:
+        log.warning("KSANA_LAB_NVTX is set and nvtx is missing: %s; run: pip install nvtx", error)
+        return recorder
+
+
+class NvtxRecorder(NullRecorder):
+    """Passes everything on to ``recorder`` and annotates it. ``nvtx``: the module, or what stands in for it."""
+
+    enabled = annotates = True
+
+    def __init__(self, recorder: NullRecorder, role: str, nvtx: Any = None) -> None:
+        if nvtx is None:
+            nvtx = importlib.import_module("nvtx")
+        self._recorder, self._nvtx, self._role = recorder, nvtx, role
+        self._phases: dict[tuple[Any, Any], Any] = {}
+        self._next_clock_ns = 0
+        self._tell_clock()
+
+    def instant(self, name: str, cat: str, **args: Any) -> None:
+        self._recorder.instant(name, cat, **args)
+        self._tell_clock()
+        self._nvtx.mark(**self._event(name, cat, args))
+        if cat == "request" and "seq_id" in args and name in _ENGINE_PHASES:
+            self._turn((args.get("request_id"), args["seq_id"]), _ENGINE_PHASES[name], args)
+
+    def span(self, name: str, cat: str, start_ns: int, end_ns: int, **args: Any) -> None:
+        self._recorder.span(name, cat, start_ns, end_ns, **args)
+        self._tell_clock()
+        if cat != "step":  # a step has been a range while it ran
+            self._nvtx.mark(**self._event(name, cat, {**args, "us": (end_ns - start_ns) // 1000}))
+
+    def counter(self, name: str, cat: str, **values: float) -> None:
+        self._recorder.counter(name, cat, **values)
+
+    def open(self, name: str, cat: str, **args: Any) -> Any:
+        return self._nvtx.start_range(**self._event(name, cat, args))
+
+    def shut(self, handle: Any) -> None:
+        if handle is not None:
+            self._nvtx.end_range(handle)
+
+    def push(self, name: str, cat: str, **args: Any) -> None:
+        self._nvtx.push_range(**self._event(name, cat, args))
+
+    def pop(self) -> None:
+        self._nvtx.pop_range(domain=DOMAIN)
+
+    def close(self) -> None:
+        for handle in self._phases.values():
+            self._nvtx.end_range(handle)
+        self._phases.clear()
+        self._recorder.close()
+
+    def _turn(self, key: tuple[Any, Any], phase: str | None, args: dict[str, Any]) -> None:
+        """The request's phase ends, ``phase`` begins."""
+        if (handle := self._phases.pop(key, None)) is not None:
+            self._nvtx.end_range(handle)
+        if phase is not None and len(self._phases) < _MAX_OPEN:
+            self._phases[key] = self._nvtx.start_range(**self._event(phase, "request", args))
+
+    def _event(self, name: str, cat: str, args: dict[str, Any]) -> dict[str, Any]:
+        about = " ".join(f"{key}={args[key]}" for key in (*_ABOUT, "us") if args.get(key) is not None)
+        payload = next((int(args[key]) for key in _PAYLOAD if isinstance(args.get(key), int)), 0)
+        message = f"{name} {about}" if about else name
+        return {"message": message, "color": _COLOURS.get(cat, "gray"), "domain": DOMAIN, "category": cat, "payload": payload}
+
+    def _tell_clock(self) -> None:
+        now_ns = time.monotonic_ns()
+        if now_ns < self._next_clock_ns:
+            return
+        self._next_clock_ns = now_ns + _CLOCK_INTERVAL_NS
+        event = {"color": "gray", "domain": DOMAIN, "category": "clock", "payload": time.monotonic_ns()}
+        self._nvtx.mark(message=f"clock role={self._role}", **event)
