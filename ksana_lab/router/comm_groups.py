@@ -188,7 +188,8 @@ class CommGroups:
     def _state(self, prefill: list[Node], decode: list[Node]) -> PairState:
         key = comm_key(prefill[0].inference_addr, decode[0].inference_addr)
         comm_id = self._comm_id(key, prefill, decode)
-        why = {side[0].role: self._why_unconnected(side, key, comm_id) for side in (prefill, decode)}
+        sides = ((prefill, decode), (decode, prefill))
+        why = {side[0].role: self._why_unconnected(side, peer, key, comm_id) for side, peer in sides}
         return PairState(
             comm_key=key,
             why_not=self._why_unready(prefill) or self._why_unready(decode) or why[Role.PREFILL] or why[Role.DECODE],
@@ -208,7 +209,7 @@ class CommGroups:
                 return f"{node} is offline (last heartbeat {self._registry.silent_s(node):.1f} s ago)"
         return f"{group[0]} has {sum(n.num_devices for n in group)} of {max(n.world_size for n in group)} devices registered"
 
-    def _why_unconnected(self, side: list[Node], key: str, comm_id: CommId | None) -> str | None:
+    def _why_unconnected(self, side: list[Node], peer: list[Node], key: str, comm_id: CommId | None) -> str | None:
         if comm_id is None:
             return "no comm id is registered for the pair"
         for node in side:
@@ -216,7 +217,7 @@ class CommGroups:
                 if node.last_heartbeat_s <= comm_id.registered_s:
                     return f"{node} has sent no heartbeat since the comm id was registered"
             elif key not in node.connected:
-                return f"{node} is not connected to its peer"
+                return f"{node} is not connected to {peer[0]}"
         return None
 
 
