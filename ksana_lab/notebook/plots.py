@@ -8,7 +8,7 @@ A figure is closed towards pyplot when it is returned, so a notebook shows it on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ksana_lab.metrics.summary import SLO, confidence_interval
 
@@ -33,6 +34,7 @@ PHASES = {
     "to first token": ("#BBBBBB", ""),
     "decode": ("#56B4E9", ""),
 }
+_WIRE = {"hidden": ("#56B4E9", ""), "exposed": ("#D55E00", "////")}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 _RC: dict[Any, Any] = {
@@ -197,17 +199,92 @@ def heat_map(runs: pd.DataFrame, *, x: str = "rate", y: str = "split", value: st
 
 def exposed_vs_prompt(requests: pd.DataFrame, *, by: str = "transfer_mode") -> Figure:
     """KV transfer that prefill did not hide, against prompt length: one point per request, the median of each length drawn through."""
+    return against_prompt(requests, "exposed_transfer_s", by=by)
+
+
+def against_prompt(requests: pd.DataFrame, metric: str, *, by: str = "system") -> Figure:
+    """A latency of each request against its prompt's length. The line is a median: of each length where lengths repeat, else of each of
+    eight equally full ranges of lengths."""
     figure, axes = _single()
-    for i, (name, rows) in enumerate(requests.dropna(subset=["exposed_transfer_s"]).groupby(by, sort=False)):
+    for i, (name, rows) in enumerate(requests.dropna(subset=[metric]).groupby(by, sort=False)):
         colour, marker = OKABE_ITO[i % 7], _MARKERS[i % 7]
-        axes.plot(rows["num_prompt_tokens"], rows["exposed_transfer_s"] * 1e3, linestyle="", marker=marker, color=colour, alpha=0.3)
-        middle = rows.groupby("num_prompt_tokens")["exposed_transfer_s"].median() * 1e3
-        axes.plot(middle.index, middle, linestyle=_LINES[i % 7], color=colour, label=str(name))
-    axes.set(xlabel="prompt tokens", ylabel="exposed transfer (ms)")
+        axes.plot(rows["num_prompt_tokens"], rows[metric] * 1e3, linestyle="", marker=marker, markersize=4, color=colour, alpha=0.3)
+        middle = _medians(rows["num_prompt_tokens"], rows[metric] * 1e3)
+        axes.plot(middle.index, middle, linestyle=_LINES[i % 7], marker=marker, markersize=5, color=colour, label=str(name))
+    axes.set(xlabel="prompt tokens", ylabel=f"{_words(metric)} (ms)")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(bottom=0)
     return _finished(figure, axes)
+
+
+def _medians(lengths: pd.Series, values: pd.Series, max_ranges: int = 8) -> pd.Series:
+    """Length -> median value; the length of a range is its own median."""
+    is_repeated = lengths.nunique() * 3 <= len(lengths) or lengths.nunique() <= max_ranges
+    ranges = lengths if is_repeated else pd.qcut(lengths, max_ranges, duplicates="drop", labels=False)
+    frame = pd.DataFrame({"length": lengths, "value": values}).groupby(ranges.to_numpy()).median()
+    return frame.set_index("length")["value"]
+
+
+def layers_on_the_wire(pieces: pd.DataFrame, *, by: str = "transfer_mode") -> Figure:
+    """When the pieces of one prompt's KV were on the wire, layer by layer, one panel per value of ``by``: the request with the most bytes
+    of each. Zero is the end of its last layer's computing; what is right of it is exposed. ``pieces``: ``Timeline.transfers``."""
+    groups = [(name, rows[rows["request_id"] == _largest(rows)]) for name, rows in pieces.groupby(by, sort=False)]
+    with plt.rc_context(_RC):
+        figure, panels = plt.subplots(
+            len(groups), 1, figsize=(7.0, 0.9 + 1.3 * len(groups)), layout="constrained", sharex=True, squeeze=False
+        )
+        for axes, (name, rows) in zip(panels[:, 0], groups, strict=True):
+            _draw_pieces(axes, rows)
+            axes.set_title(str(name), fontsize=9)
+        panels[-1][0].set_xlabel("time since the end of prefill (ms)")
+        figure.legend(handles=_phase_patches(("hidden", "exposed"), _WIRE), loc="outside upper center", ncols=2)
+    return _done(figure)
+
+
+def _largest(pieces: pd.DataFrame) -> str:
+    return str(pieces.groupby("request_id")["bytes"].sum().idxmax())
+
+
+def _draw_pieces(axes: Axes, rows: pd.DataFrame) -> None:
+    end = rows["compute_end_s"].max()
+    for row in rows.itertuples(index=False):
+        start, stop, cut = (1e3 * (at - end) for at in (row.wire_start_s, row.end_s, max(row.wire_start_s, min(row.end_s, end))))
+        for left, right, part in ((start, cut, "hidden"), (cut, stop, "exposed")):
+            if right > left:
+                colour, hatch = _WIRE[part]
+                axes.broken_barh([(left, right - left)], (row.layer - 0.4, row.num_layers - 0.2), facecolor=colour, hatch=hatch,
+                                 edgecolor="#555555", linewidth=0.3)  # fmt: skip
+    num_layers = int((rows["layer"] + rows["num_layers"]).max())
+    axes.axvline(0.0, color="#000000", linewidth=0.8, linestyle=":")
+    axes.set(ylabel="layer", ylim=(num_layers - 0.4, -0.6))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def token_timeline(tokens: pd.DataFrame) -> Figure:
+    """One answer, token by token: a row per message with ``at_s`` (since sending), ``token`` (1, 2, …) and ``node`` (who made it)."""
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(figsize=(7.0, 2.3), layout="constrained")
+        if len(tokens):
+            first = tokens.iloc[0]
+            axes.barh(0, first["at_s"] * 1e3, height=0.5, color="#DDDDDD", edgecolor="#555555", linewidth=0.3)
+            axes.annotate("waiting for the first token", (first["at_s"] * 500, 0), ha="center", va="center", fontsize=7)
+        if len(tokens) > 1 and tokens["node"].nunique() > 1:
+            second = tokens.iloc[1]
+            width = (second["at_s"] - first["at_s"]) * 1e3
+            axes.barh(0, width, left=first["at_s"] * 1e3, height=0.5, color="#FFFFFF", hatch="////", edgecolor="#555555", linewidth=0.3)
+            middle = (first["at_s"] + second["at_s"]) * 500
+            axes.annotate(f"hand-over and one step: {width:.1f} ms", (middle, -0.3), xytext=(0, 6), textcoords="offset points", ha="center",
+                          va="bottom", fontsize=7)  # fmt: skip
+        for i, (node, rows) in enumerate(tokens.groupby("node", sort=False)):
+            axes.plot(rows["at_s"] * 1e3, [0] * len(rows), linestyle="", marker=_MARKERS[i % 7], color=OKABE_ITO[i % 7], label=str(node))
+        axes.set(xlabel="time since sending (ms)", ylim=(-0.6, 0.6), yticks=[])
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", visible=False)
+        if len(tokens):
+            _legend_above(figure, axes)
+    return _done(figure)
 
 
 def save(figure: Figure, path: str | Path, frame: pd.DataFrame | None = None) -> list[Path]:
@@ -320,8 +397,8 @@ def _legend_above(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
 
-def _phase_patches(phases: Sequence[str]) -> list[Patch]:
-    return [Patch(facecolor=PHASES[p][0], hatch=PHASES[p][1], edgecolor="#555555", linewidth=0.3, label=p) for p in phases]
+def _phase_patches(phases: Sequence[str], styles: Mapping[str, tuple[str, str]] = PHASES) -> list[Patch]:
+    return [Patch(facecolor=styles[p][0], hatch=styles[p][1], edgecolor="#555555", linewidth=0.3, label=p) for p in phases]
 
 
 def _words(metric: str) -> str:

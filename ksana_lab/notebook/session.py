@@ -4,6 +4,9 @@ from ksana_lab.notebook.session import Cluster, WorkloadSpec, config, latency_ta
 
 from __future__ import annotations
 
+import os
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +15,14 @@ import pandas as pd
 import ksana_lab
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.errors import ConfigError
-from ksana_lab.metrics.export import gaps_frame, load_records, save_records, to_frame
+from ksana_lab.metrics.export import gaps_frame, load_records, save_records, summary_row, to_frame, vllm_result
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import SLO, distribution, summarize
 from ksana_lab.notebook import plots
+from ksana_lab.sweep.report import goodput, load_requests, load_results
+from ksana_lab.sweep.runner import Sweep
+from ksana_lab.tracing import timeline
+from ksana_lab.tracing.timeline import Timeline
 from ksana_lab.workload import loadgen
 from ksana_lab.workload.spec import WorkloadSpec
 
@@ -23,21 +30,31 @@ __all__ = [
     "SLO",
     "Cluster",
     "RequestRecord",
+    "Sweep",
     "WorkloadSpec",
     "config",
     "different_tokens",
+    "fresh_folder",
     "gaps_frame",
+    "goodput",
     "latency_table",
     "load_records",
+    "load_requests",
+    "load_results",
+    "load_timeline",
     "loadgen",
     "plots",
+    "results_folder",
     "save_records",
     "summarize",
+    "summary_row",
     "tiny_model",
     "to_frame",
+    "vllm_result",
 ]
 
 ROOT = Path(ksana_lab.__file__).resolve().parents[1]
+RESULTS_VARIABLE = "KSANA_LAB_RESULTS"  # where notebooks keep what they measure, instead of runs/notebooks
 
 
 def config(name: str) -> Path:
@@ -55,6 +72,23 @@ def tiny_model(arch: str = "qwen3", shape: str = "tiny") -> Path:
 
     folder = "tiny" if (arch, shape) == ("qwen3", "tiny") else f"{arch}-{shape}"
     return synthesize(ROOT / ".cache" / folder, arch, shape, seed=0)
+
+
+def results_folder(name: str) -> Path:
+    """Where a notebook keeps what it measures and finds it again: ``runs/notebooks/<name>`` of the clone, or under $KSANA_LAB_RESULTS."""
+    return Path(os.environ.get(RESULTS_VARIABLE) or ROOT / "runs" / "notebooks") / name
+
+
+def fresh_folder(name: str) -> Path:
+    """A new, empty folder inside ``results_folder(name)``: what a second run writes is not mixed with what the first wrote."""
+    parent = results_folder(name)
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=parent))
+
+
+def load_timeline(folder: str | Path, *, client: Sequence[RequestRecord] = ()) -> Timeline:
+    """The event logs of a cluster that was given ``trace_dir=folder``, joined by request; ``client``: what the load generator recorded."""
+    return timeline.load(folder, client=client, profilers=False)
 
 
 def latency_table(systems: Mapping[str, Sequence[RequestRecord]]) -> pd.DataFrame:
