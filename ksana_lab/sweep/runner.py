@@ -392,6 +392,8 @@ class _Runs:
             log.warning("the source was edited since the sweep began; %s is kept as a run of %s", point, up.code_version)
             run_id = point.run_id(up.code_version)
             store.add_run(run_id)
+            if store.has(run_id):
+                return run_id
         self._check_stop()
         self._told("measuring", point)
         columns = sweep.columns(point)
