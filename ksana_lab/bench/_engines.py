@@ -90,7 +90,7 @@ class ProcessEngine:
         """Fresh. Raises EngineDead when the process is gone."""
         self._status, deadline = None, time.monotonic() + 30
         self._send(GetStatus(1))
-        while self._status is None or self._status.token != 1:
+        while self._status is None:
             self._read(100)
             if not self.process.is_alive or time.monotonic() > deadline:
                 raise EngineDead("the engine does not answer", self.process.tail())
@@ -116,7 +116,7 @@ class ProcessEngine:
             if isinstance(message, StepUpdates):
                 self._news += message.updates
             elif isinstance(message, EngineStatus):
-                self._status = message
+                self._status = message if message.token >= 0 else self._status  # others come unasked
             elif isinstance(message, EngineReady):
                 self._is_ready = True
             elif isinstance(message, EngineFailed):

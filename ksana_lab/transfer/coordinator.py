@@ -23,6 +23,7 @@ from ksana_lab.config.engine import ConnectorOptions
 from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.protocol.engine import PeerUpdate
+from ksana_lab.tracing.clock import Offset
 from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.transfer.lifecycle import DecodeLedger, News, PrefillLedger
 from ksana_lab.transfer.mailbox import Mailbox
@@ -302,6 +303,9 @@ class Coordinator:
         elif self.decode is not None:
             self.decode.on_session_lost(session, reason)
         self._wake()
+
+    def on_clock(self, clock_domain: str, offset: Offset) -> None:
+        self._recorder.instant("offset", "clock", domain=clock_domain, offset_ns=offset.offset_ns, error_ns=offset.error_ns)
 
     def on_message(self, message: msgspec.Struct, now_ns: int) -> None:
         if self.prefill is not None:

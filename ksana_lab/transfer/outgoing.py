@@ -6,6 +6,7 @@ prompt; whatever lies ready because the announcement or the link was late goes i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -21,6 +22,7 @@ L = TypeVar("L")
 AUTO_BULK_TOKENS = 512
 AUTO_PIECE_BYTES = 1 << 20
 _AUTO_GROUPS = (1, 2, 4, 8, 16)
+_AUTO_HANDLING = 0.1  # of a layer's computing: what handling its pieces may take, since the same processor feeds the device
 _AUTO_MIN_GAIN_S = 100e-6  # what pieces must save over bulk before they are worth their handling
 
 
@@ -57,8 +59,9 @@ def choose_mode(
     """(mode, layers per piece) for a prompt of which ``num_tokens`` are to be sent, ``layer_bytes`` per layer.
 
     Shorter than ``bulk_below`` goes in bulk in every mode (None: AUTO_BULK_TOKENS under ``auto``, no minimum else). ``auto`` takes the
-    group that leaves least exposed at the measured ``speeds``, the largest of those within 5% of it, and bulk where that saves less than
-    0.1 ms; without measurements, groups of at least AUTO_PIECE_BYTES."""
+    group that leaves least exposed at the measured ``speeds``, the largest of those within 5% of it, but no smaller one than lets the
+    pieces be handled in 10% of the computing; bulk where that saves less than 0.1 ms, or would need more than half of the layers in a
+    group. Without measurements: groups of at least AUTO_PIECE_BYTES."""
     minimum = (AUTO_BULK_TOKENS if option == "auto" else 0) if bulk_below is None else bulk_below
     if num_tokens < minimum:
         return "bulk", layers_per_chunk
@@ -66,7 +69,10 @@ def choose_mode(
         return option, layers_per_chunk  # type: ignore[return-value]
     if speeds is None:
         return "layer", max(layers_per_chunk, -(-AUTO_PIECE_BYTES // max(1, layer_bytes)))
-    groups = sorted({max(layers_per_chunk, group) for group in _AUTO_GROUPS})
+    smallest = max(layers_per_chunk, math.ceil(speeds.piece_s / (_AUTO_HANDLING * speeds.layer_s)) if speeds.layer_s else num_layers)
+    groups = sorted({max(smallest, group) for group in _AUTO_GROUPS})
+    if smallest > num_layers // 2:
+        return "bulk", layers_per_chunk
     exposed = {group: exposed_s(layer_bytes, num_layers, group, speeds) for group in groups}
     best = min(exposed.values())
     if exposed_s(layer_bytes, num_layers, num_layers, speeds) - best < _AUTO_MIN_GAIN_S:

@@ -160,6 +160,11 @@ def _coalesce(runs: Copies) -> Copies:
     return joined
 
 
+def shifted(runs: Copies, shift: tuple[int, int]) -> Copies:
+    """``runs`` with the offsets moved by (source, destination) bytes."""
+    return runs if shift == (0, 0) else runs + np.array([*shift, 0], np.int64)
+
+
 def rank_layout(shape: Shape, order: str | None = None) -> KVLayout:
     """The layout of one rank's cache on a node of this shape (all ranks are alike)."""
     heads = len(heads_of(0, shape.tp_size, shape.num_kv_heads))

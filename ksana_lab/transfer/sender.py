@@ -28,7 +28,7 @@ from ksana_lab.transfer.checksum import crc_of
 from ksana_lab.transfer.layer_tracker import LayerTracker
 from ksana_lab.transfer.link import Pacer, Pacers
 from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Speeds, Step, choose_mode
-from ksana_lab.transfer.plan import Copies, HeadSlice, between, copies, head_slices, rank_layout, slice_bytes
+from ksana_lab.transfer.plan import Copies, HeadSlice, between, copies, head_slices, rank_layout, shifted, slice_bytes
 from ksana_lab.transfer.registry import host_id, needs_one_host
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ class Sender:
         )  # fmt: skip
         self._reports: dict[str, LinkReport] = {}  # by "peer.rank"
         self._layer_s_per_token = 0.0  # computing, as measured; 0 = not yet
+        self._post_s = 0.0  # handing one piece to a backend that returns at once
         is_cuda = cache.device.type == "cuda"
         self._tracker = LayerTracker(
             layout.num_layers,
@@ -167,7 +168,11 @@ class Sender:
     def _on_posted(self, number: int, layer: int, event: object) -> None:
         with self._lock:
             self._steps[number].events.append(event)
-            self._wake_senders()
+            if (
+                any(out.is_early and (layer + 1) % out.group == 0 for out in self._outgoing.values())
+                or layer + 1 == self._layout.num_layers
+            ):
+                self._wake_senders()
 
     def _on_layer(self, number: int, layer: int) -> None:
         now_ns = time.monotonic_ns()
@@ -196,7 +201,8 @@ class Sender:
         bandwidth = min(report.bandwidth for report in reports)
         if self._options.link.bandwidth_gbps is not None:
             bandwidth = min(bandwidth, self._options.link.bandwidth_gbps * 1e9 / 8 / self._tp_size)
-        return Speeds(bandwidth, max(report.round_trip_s for report in reports), self._layer_s_per_token * num_tokens)
+        piece_s = max(self._post_s, max(report.round_trip_s for report in reports))
+        return Speeds(bandwidth, piece_s, self._layer_s_per_token * num_tokens)
 
     def _add(self, send: SendStep, step: Step) -> None:
         if self._tombstones.get(send.key, -1) >= send.serial:
@@ -499,12 +505,13 @@ class Sender:
         assert out.target is not None and link.link is not None
         try:
             begin = time.perf_counter()
-            runs = self._plan(link, out, piece)
+            runs, shift = self._plan(link, out, piece)
             flight.num_copies = len(runs)
-            flight.notice = self._notice(link, flight, runs)
+            flight.notice = self._notice(link, flight, shifted(runs, shift))
             batch, after = self._options.transfer_batch, piece.after
             for first in range(0, len(runs), batch):
-                flight.tickets.append(link.link.write(runs[first : first + batch], out.target.window, after))
+                part = runs if len(runs) <= batch else runs[first : first + batch]
+                flight.tickets.append(link.link.write(part, out.target.window, after, shift))
             flight.post_s = time.perf_counter() - begin
         except TransferError as error:
             log.warning("sending KV of %s to %s failed: %s", out.key, link.peer.name, error)
@@ -519,24 +526,20 @@ class Sender:
             else:
                 link.written.append(flight)
 
-    def _plan(self, link: _PeerLink, out: Outgoing[_PeerLink], piece: Piece) -> Copies:
-        """The runs of ``piece``. Other layers of the same tokens lie a constant distance away, so they are worked out once."""
+    def _plan(self, link: _PeerLink, out: Outgoing[_PeerLink], piece: Piece) -> tuple[Copies, tuple[int, int]]:
+        """The runs of ``piece``, and how far to move them: other layers of the same tokens lie a constant distance away, so they are worked
+        out once."""
         assert out.target is not None
         key, first = (link.rank, piece.start, piece.end, len(piece.layers)), piece.layers.start
-        known = out.plans.get(key)
-        if known is None:
-            runs = copies(
-                self._layout, link.peer.layout, link.slices, out.block_table, out.target.blocks, piece.start, piece.end, piece.layers
-            )
+        if key not in out.plans:
             if len(out.plans) >= _MAX_PLANS:
                 out.plans.clear()
+            blocks = out.target.blocks
+            runs = copies(self._layout, link.peer.layout, link.slices, out.block_table, blocks, piece.start, piece.end, piece.layers)
             out.plans[key] = (first, runs)
-            return runs
-        base, runs = known
-        moved = runs.copy()
-        for column, layout in enumerate((self._layout, link.peer.layout)):
-            moved[:, column] += (layout.cell_offset(0, first) - layout.cell_offset(0, base)) if first != base else 0
-        return moved
+        base, runs = out.plans[key]
+        here, there = (layout.cell_offset(0, first) - layout.cell_offset(0, base) for layout in (self._layout, link.peer.layout))
+        return runs, (here, there)
 
     def _notice(self, link: _PeerLink, flight: _Flight, runs: Copies) -> wire.Notice:
         out, piece = flight.out, flight.piece
@@ -599,6 +602,8 @@ class Sender:
         counters["transfers"] += 1
         counters["copies"] += flight.num_copies
         counters["post_s"] += flight.post_s
+        if link.link is not None and link.link.is_device_ordered:
+            self._post_s = flight.post_s if not self._post_s else _KEEP * self._post_s + (1 - _KEEP) * flight.post_s
         counters["wire_s"] += max(0, now_ns - max(flight.start_ns, link.wire_until_ns)) / 1e9  # pieces overlap; time does not count twice
         link.wire_until_ns = now_ns
 

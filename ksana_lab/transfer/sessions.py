@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,6 +22,8 @@ from ksana_lab.errors import LayoutMismatch
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.protocol.engine import PeerUpdate
 from ksana_lab.protocol.node import split_comm_key
+from ksana_lab.tracing.clock import Offset, OffsetEstimator
+from ksana_lab.tracing.recorder import clock_domain
 from ksana_lab.transfer.lifecycle import Pair
 from ksana_lab.transfer.plan import check_shapes
 
@@ -45,6 +48,9 @@ class SessionOwner(Protocol):
 
     def on_message(self, message: msgspec.Struct, now_ns: int) -> None:
         """A message of a living session, from its peer."""
+
+    def on_clock(self, clock_domain: str, offset: Offset) -> None:
+        """D only: how the peer's clock stands, better known than before."""
 
 
 def configure(socket: zmq.Socket) -> None:
@@ -185,7 +191,7 @@ class Acceptor:
             return
         s.last_seen_ns = now_ns
         if isinstance(message, wire.Ping):
-            self._send(identity, wire.Pong(s.session))
+            self._send(identity, wire.Pong(s.session, message.sent_ns, time.monotonic_ns(), clock_domain()))
         elif isinstance(message, wire.Bye):
             self._end(s, message.reason, now_ns, tell=False, is_farewell=True)
         elif (wrong := _why_wrong(message, s.hello)) is not None:
@@ -293,6 +299,7 @@ class _Dial:
     next_ping_ns: int = 0
     why: str = "the router has not named the prefill node's control address yet"
     has_complained: bool = False
+    clock: OffsetEstimator = field(default_factory=OffsetEstimator)
 
 
 class Dialer:
@@ -382,7 +389,7 @@ class Dialer:
                 self._lose(dial, f"the prefill node at {dial.address} said nothing for {PEER_TIMEOUT_S:g} s", now_ns, tell=True)
             elif dial.session and now_ns >= dial.next_ping_ns:
                 dial.next_ping_ns = now_ns + int(PING_INTERVAL_S * 1e9)
-                self._send(dial, wire.Ping(dial.session))
+                self._send(dial, wire.Ping(dial.session, time.monotonic_ns()))
 
     def next_ns(self, now_ns: int) -> int:
         """When ``tick`` has something to do."""
@@ -467,6 +474,10 @@ class Dialer:
             self._owner.on_session_up(dial.comm_key)
         elif not isinstance(message, wire.Pong):
             self._owner.on_message(message, now_ns)
+        elif message.ping_ns and message.clock_domain:
+            offset = dial.clock.add(message.ping_ns, message.now_ns, time.monotonic_ns())
+            if offset is not None:
+                self._owner.on_clock(message.clock_domain, offset)
 
     def _welcome(self, dial: _Dial, message: wire.Welcome, now_ns: int) -> None:
         if dial.session or message.comm_key != dial.comm_key or not message.session:

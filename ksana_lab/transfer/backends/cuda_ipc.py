@@ -29,6 +29,7 @@ from ksana_lab.transfer.staging import check_alignment
 # nothing to hide behind all of them, 93%.
 PROGRAMS_BESIDE, PROGRAMS_ALONE = 24, 132
 _RING_ROWS = 1 << 19  # pieces of all copies under way
+_MAX_TABLES = 8  # prompts whose lists are kept
 _STALL_S = 30.0
 _SCRATCH_BYTES = 32 << 20  # behind the cache in the same allocation: where a new link is measured
 _NUM_BURSTS = 3
@@ -83,30 +84,43 @@ class Copier:
             self._host = torch.empty((_RING_ROWS, 3), dtype=torch.int64, pin_memory=True)
             self._rows = torch.empty((_RING_ROWS, 3), dtype=torch.int64, device=self.device)
         self._head = 0
-        self._used: deque[tuple[int, int, CudaTicket]] = deque()  # rows that launches under way still read, oldest first
+        self._known: deque[tuple[Copies, list[torch.Tensor]]] = deque(maxlen=_MAX_TABLES)
+        self._used: deque[tuple[int, int, CudaTicket]] = deque()  # rows that the GPU still reads, oldest first
         self._lock = threading.Lock()
 
-    def copy(self, target: int, copies: Copies, after: Any, num_programs: int) -> CudaTicket:
-        """Enqueue all of ``copies`` from the cache to the address space at ``target``. Raises TransferError."""
-        check_alignment(copies)
-        pieces = self._kernel.pieces(copies)
-        half = _RING_ROWS // 2
+    def copy(self, target: int, copies: Copies, after: Any, num_programs: int, shift: tuple[int, int] = (0, 0)) -> CudaTicket:
+        """Enqueue all of ``copies``, moved by ``shift``, from the cache to the address space at ``target``. Raises TransferError."""
+        check_alignment(np.array([[*shift, 0]], np.int64))
+        source, target = self._source + shift[0], target + shift[1]
         with self._lock, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             # The tables first: their way to the GPU is over when ``after`` is.
-            batches = [self._upload(pieces[i : i + half]) for i in range(0, len(pieces), half)] if len(pieces) <= half else None
+            tables = self._tables_of(copies)
             if after is not None:
                 self._stream.wait_event(after)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            ticket = CudaTicket(begin, end)
-            for i in range(0, len(pieces), half):
-                start, rows = batches[i // half] if batches is not None else self._upload(pieces[i : i + half])
-                self._kernel.launch(self._source, target, self._rows[start:], rows, num_programs)
-                done = torch.cuda.Event()
-                done.record()
-                self._used.append((start, start + rows, CudaTicket(begin, done)))
+            for table in tables:
+                self._kernel.launch(source, target, table, len(table), num_programs)
             end.record()
-        return ticket
+        return CudaTicket(begin, end)
+
+    def _tables_of(self, copies: Copies) -> list[torch.Tensor]:
+        """The kernel's lists on the GPU. Kept for a while: the layers of a prompt differ in their shift only. Memory of this stream is
+        reused in this stream's order, so a list that is forgotten while a launch still reads it stays whole."""
+        for known, tables in self._known:
+            if known is copies:
+                return tables
+        check_alignment(copies)
+        pieces = self._kernel.pieces(copies)
+        tables = []
+        for first in range(0, len(pieces), _RING_ROWS // 2):
+            start, rows = self._upload(pieces[first : first + _RING_ROWS // 2])
+            tables.append(self._rows[start : start + rows].clone())
+            read = torch.cuda.Event()
+            read.record()
+            self._used.append((start, start + rows, CudaTicket(read, read)))
+        self._known.append((copies, tables))
+        return tables
 
     def _upload(self, pieces: Any) -> tuple[int, int]:
         """(first row, rows) of the ring that will hold ``pieces``; at most half of it. Waits until nobody reads those rows any more."""
@@ -150,16 +164,17 @@ class CudaIpcLink:
         self._target: int | None = target  # None = closed
         self._lock = threading.Lock()
 
-    def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
+    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
         if not len(copies):
             return DONE
         with self._lock:
             if self._target is None:
                 raise TransferError("the link is closed")
-            if int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > self._stream.peer_bytes:
+            first, last = int(copies[:, 1].min()) + shift[1], int((copies[:, 1] + copies[:, 2]).max()) + shift[1]
+            if first < 0 or last > self._stream.peer_bytes:
                 raise TransferError(f"a write outside the peer's cache of {self._stream.peer_bytes} bytes")
             # Who must wait for a layer is beside computing, and the next layer's kernels want the SMs.
-            return self._copier.copy(self._target, copies, after, PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE)
+            return self._copier.copy(self._target, copies, after, PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE, shift)
 
     def examine(self, timeout_s: float) -> LinkReport:
         """Bursts into the scratch behind D's cache; they compile and load the kernel, too."""

@@ -24,7 +24,7 @@ from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial
 from ksana_lab.transfer.backends.tcp import host_view
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
-from ksana_lab.transfer.plan import Copies
+from ksana_lab.transfer.plan import Copies, shifted
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class ShmLink:
         self._target: np.ndarray | None = target
         self._lock = threading.Lock()  # held while a write copies
 
-    def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
+    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
+        copies = shifted(copies, shift)
         with self._lock:
             source, target = self._source, self._target
             if source is None or target is None:

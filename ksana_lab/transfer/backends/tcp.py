@@ -16,7 +16,7 @@ import torch
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
-from ksana_lab.transfer.plan import Copies
+from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair
 
 _BURST_BYTES = 8 << 20
@@ -38,10 +38,11 @@ class TcpLink:
         self._cache: torch.Tensor | None = cache  # None = closed
         self._stage = SlotPair(cache) if cache.is_cuda else None
 
-    def write(self, copies: Copies, window: int, after: Any = None) -> Ticket:
+    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
         """On a GPU ``after`` must be over: the caller waits for it."""
         if not len(copies):
             return DONE
+        copies = shifted(copies, shift)
         return self._stream.write(copies, window) if self._stage is None else self._write_staged(self._stage, copies, window)
 
     def _write_staged(self, stage: SlotPair, copies: Copies, window: int) -> Ticket:
