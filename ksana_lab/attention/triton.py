@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ksana_lab.attention.base import AttentionMetadata
 from ksana_lab.attention.store_kv import store_kv
-from ksana_lab.attention.triton_decode import DecodeConfig, DecodePlan, decode_attention, plan_decode
+from ksana_lab.attention.triton_decode import DecodePlan, decode_attention, plan_decode
 from ksana_lab.attention.triton_prefill import gather_kv, prefill_attention
 
 _CUDNN_MIN = 2048  # new tokens from which cuDNN beats triton_prefill.py
@@ -25,9 +25,8 @@ _CUDNN_STEP = 512  # its lengths are multiples of this
 class TritonBackend:
     name = "triton"
 
-    def __init__(self, config: DecodeConfig = DecodeConfig(), pdl: bool | None = None) -> None:
+    def __init__(self, pdl: bool | None = None) -> None:
         """``pdl``: let kernels start while their predecessors drain; None = where the GPU can."""
-        self.config = config
         self.pdl = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 if pdl is None else pdl
         self._step_kv: tuple[int, Tensor, Tensor] | None = None
 
@@ -69,7 +68,7 @@ class TritonBackend:
             if meta.plan is None:
                 meta.plan = self._plan(q, kv_layer, meta)
             plan: DecodePlan = meta.plan
-            decode_attention(q[:num_decodes], kv_layer, meta.block_tables, plan, scale, out[:num_decodes], self.config, self.pdl)
+            decode_attention(q[:num_decodes], kv_layer, meta.block_tables, plan, scale, out[:num_decodes], self.pdl)
         start = num_decodes
         for is_whole, members in groupby(range(num_decodes, len(meta.query_lens)), key=lambda i: self._is_whole(meta, i, q.dtype)):
             run = list(members)
@@ -88,7 +87,7 @@ class TritonBackend:
 
     def _plan(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata) -> DecodePlan:
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-        return plan_decode(meta.seq_lens[: meta.num_decodes], q.shape[1], kv_layer.shape[2], q.shape[2], num_sms, self.config, self.pdl)
+        return plan_decode(meta.seq_lens[: meta.num_decodes], q.shape[1], kv_layer.shape[2], q.shape[2], num_sms, pdl=self.pdl)
 
     def _is_whole(self, meta: AttentionMetadata, i: int, dtype: torch.dtype) -> bool:
         """cuDNN's case: 16-bit, long, every key of this step."""

@@ -22,7 +22,7 @@ ITEM_FIELDS = 8  # int32 each: sequence (-1 = no work), first key, end key, firs
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How the kernel is cut; chosen by measurement (docs/performance.md)."""
+    """How the kernel is cut."""
 
     tile: int = 64  # keys read at once
     num_warps: int = 4
@@ -32,10 +32,22 @@ class DecodeConfig:
     combine_splits: int = 16  # partial results added at once by the combining program
 
 
+def config_for(num_seqs: int) -> DecodeConfig:
+    """The fastest inside captured steps of the Qwen3-8B shape on an H200 (docs/LOG.md, 2026-11-22); differences are 1 to 4 %."""
+    if num_seqs <= 16:
+        return DecodeConfig(64, num_warps=2, num_stages=3, programs_per_sm=3)
+    if num_seqs <= 48:
+        return DecodeConfig(32, num_warps=1, num_stages=3, programs_per_sm=6, combine_splits=4)
+    if num_seqs < 192:
+        return DecodeConfig(32, num_warps=2, num_stages=4, programs_per_sm=2)
+    return DecodeConfig()
+
+
 @dataclass
 class DecodePlan:
     """A step's cut, made on the device; shared by all its layers."""
 
+    config: DecodeConfig
     items: Tensor  # [max_items, ITEM_FIELDS] int32
     partial_out: Tensor  # [max_items, heads, head_dim] float32
     partial_lse: Tensor  # [max_items, heads, 2] float32: maximum (base 2) and sum
@@ -216,15 +228,17 @@ def plan_decode(
     num_kv_heads: int,
     head_dim: int,
     num_sms: int,
-    config: DecodeConfig = DecodeConfig(),
+    config: DecodeConfig | None = None,
     pdl: bool = False,
 ) -> DecodePlan:
     """Cut a step's decode work. seq_lens [S] int32 on the device, keys of each sequence (0 = padding, its output becomes zero)."""
     num_seqs = seq_lens.shape[0]
+    config = config or config_for(num_seqs)
     target_items = max(1, num_sms * config.programs_per_sm // num_kv_heads)
     max_items = max(target_items, num_seqs + target_items // 2)
     device = seq_lens.device
     plan = DecodePlan(
+        config=config,
         items=torch.empty(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),
         partial_out=torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(max_items, num_heads, 2, dtype=torch.float32, device=device),
@@ -254,11 +268,11 @@ def decode_attention(
     plan: DecodePlan,
     scale: float,
     out: Tensor | None = None,
-    config: DecodeConfig = DecodeConfig(),
     pdl: bool = False,
 ) -> Tensor:
     """q [S, heads, head_dim] (any token stride), kv_layer [num_blocks, 2, kv_heads, block_size, head_dim] (contiguous within a block)
-    -> [S, heads, head_dim]. The plan must have been made with the same config."""
+    -> [S, heads, head_dim]."""
+    config = plan.config
     num_seqs, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     if out is None:

@@ -1,15 +1,11 @@
-"""y = x W^T for few rows of x: a step of decoding, where reading W is the whole cost.
+"""y = x W^T for few rows of x, in Triton.
 
-cuBLAS reaches about 3.6 TB/s here at large layers and much less at small ones. This kernel cuts W [N, K] into tiles of rows and, so that
-every SM has an equal share, also along K; the program that finishes a tile last adds the parts. The tile of W is the left operand of the
-tensor core (64 or 128 rows), x the narrow right one, so a batch of 1 wastes little. A program asks for its first weights (into L2) before
-it waits for the kernel that makes x: with programmatic dependent launch the weights stream while the predecessor drains.
-
-Epilogues: add a residual; or silu(gate) * up of the two halves of W."""
+cuBLAS takes 4 to 6 us more than the bytes of W need, whatever their number; at decode's sizes that is a fifth of the time. Here the tile
+of W is the left operand of the tensor core (64 or 128 rows), x the narrow right one, so a batch of 1 wastes little. Where there are fewer
+tiles than SMs, W is cut along K too, and the program that finishes a tile last adds the parts, in a fixed order. A program asks for its
+first weights (into L2) before it waits for the kernel that makes x."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,18 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-PLAIN, SILU_MUL = 0, 1
+from ksana_lab.layers.few_rows import PLAIN, SILU_MUL, TileConfig
 
-
-@dataclass(frozen=True)
-class LinearConfig:
-    rows: int  # BLOCK_M: rows of x, padded
-    block_n: int  # rows of W in a tile (of each half with SILU_MUL)
-    block_k: int
-    split_k: int
-    stages: int
-    num_warps: int = 4
-    prefetch: int = 2  # tiles of W asked for before waiting
+_PREFETCH = 2  # tiles of W
 
 
 @triton.jit
@@ -38,11 +25,11 @@ def _prefetch_l2(address):
 
 @triton.jit(do_not_specialize=["num_rows", "split_k"])
 def _linear_kernel(
-    x, w, residual, y, partial, arrived, num_rows, n, k, stride_x, stride_y, stride_residual, split_k,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, w, y, partial, counters, num_rows, n, k, stride_x, stride_y, split_k,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr,
     EVEN_N: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # n: columns of y. With SILU_MUL W has 2 n rows, gate then up.
+    # n: columns of y. With SILU_MUL (EPILOGUE 1) W has 2 n rows, gate then up.
     tile = tl.program_id(0) // split_k
     split = tl.program_id(0) % split_k
     steps = k // BLOCK_K
@@ -52,15 +39,14 @@ def _linear_kernel(
     source = column if EVEN_N else tl.minimum(column, n - 1)
     inner = tl.arange(0, BLOCK_K)
     rows_w = w + source.to(tl.int64)[:, None] * k
-    SECOND = n.to(tl.int64) * k
+    second = n.to(tl.int64) * k
     if PDL:
         gdc_launch_dependents()
-        if PREFETCH > 0:
-            line = tl.arange(0, PREFETCH * BLOCK_K // 64) * 64  # 128 bytes
-            ahead = rows_w + (first * BLOCK_K + line)[None, :]
-            _prefetch_l2(ahead.to(tl.int64, bitcast=True))
-            if EPILOGUE == 1:
-                _prefetch_l2((ahead + SECOND).to(tl.int64, bitcast=True))
+        line = tl.arange(0, PREFETCH * BLOCK_K // 64) * 64  # 128 bytes
+        ahead = rows_w + (first * BLOCK_K + line)[None, :]
+        _prefetch_l2(ahead.to(tl.int64, bitcast=True))
+        if EPILOGUE == 1:
+            _prefetch_l2((ahead + second).to(tl.int64, bitcast=True))
         gdc_wait()
 
     row = tl.arange(0, ROWS)
@@ -73,7 +59,7 @@ def _linear_kernel(
         tile_x = tl.load(rows_x + at[None, :], mask=live[:, None], other=0.0)
         acc = tl.dot(tl.load(rows_w + at[None, :]), tl.trans(tile_x), acc)
         if EPILOGUE == 1:
-            acc_up = tl.dot(tl.load(rows_w + SECOND + at[None, :]), tl.trans(tile_x), acc_up)
+            acc_up = tl.dot(tl.load(rows_w + second + at[None, :]), tl.trans(tile_x), acc_up)
 
     is_last = True
     if split_k > 1:
@@ -83,10 +69,10 @@ def _linear_kernel(
         tl.store(mine, acc, mask=live[None, :])
         if EPILOGUE == 1:
             tl.store(mine + BLOCK_N * ROWS, acc_up, mask=live[None, :])
-        tl.debug_barrier()
-        is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == split_k - 1
+        tl.debug_barrier()  # all threads' parts are written before one thread says so (release)
+        is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == split_k - 1
         if is_last:
-            tl.store(arrived + tile, 0)
+            tl.store(counters + tile, 0)
             acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
             acc_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
             for other in tl.range(0, split_k):  # in a fixed order: the sum does not depend on who came last
@@ -98,42 +84,23 @@ def _linear_kernel(
         if EPILOGUE == 1:
             acc = acc / (1.0 + tl.exp(-acc)) * acc_up
         mask = live[None, :] if EVEN_N else live[None, :] & (column < n)[:, None]
-        if RESIDUAL:
-            acc += tl.load(residual + row.to(tl.int64)[None, :] * stride_residual + column[:, None], mask=mask, other=0.0).to(tl.float32)
         tl.store(y + row.to(tl.int64)[None, :] * stride_y + column[:, None], acc.to(y.dtype.element_ty), mask=mask)
 
 
-class LinearWorkspace:
-    """Memory for the parts of split sums. One per stream: launches that share it must follow one another."""
-
-    def __init__(self, device: torch.device, partial_bytes: int = 64 << 20, tiles: int = 16384):
-        self.partial = torch.empty(partial_bytes // 4, dtype=torch.float32, device=device)
-        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
-
-
-def skinny_linear(
-    x: Tensor,
-    weight: Tensor,
-    config: LinearConfig,
-    workspace: LinearWorkspace,
-    residual: Tensor | None = None,
-    epilogue: int = PLAIN,
-    out: Tensor | None = None,
-    pdl: bool = False,
-) -> Tensor:
-    """x [M, K] (M <= config.rows), weight [N, K] contiguous -> [M, N]; plus residual [M, N], which may be ``out``.
-    With SILU_MUL weight is [2 N, K] = gate | up and the result silu(x gate^T) * (x up^T)."""
+def linear(x: Tensor, weight: Tensor, config: TileConfig, counters: Tensor, epilogue: int = PLAIN, pdl: bool = False) -> Tensor:
+    """As few_rows.linear; M <= config.rows, K a multiple of config.block_k. counters: few_rows.new_counters(N, …)."""
     num_rows, k = x.shape
-    n = weight.shape[0] // (2 if epilogue == SILU_MUL else 1)
-    assert num_rows <= config.rows and k % config.block_k == 0 and weight.is_contiguous(), (x.shape, weight.shape, config)
-    if out is None:
-        out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    halves = 2 if epilogue == SILU_MUL else 1
+    n = weight.shape[0] // halves
+    assert num_rows <= config.rows and k % config.block_k == 0 and weight.is_contiguous() and x.stride(1) == 1, (x.shape, weight.shape)
     tiles = triton.cdiv(n, config.block_n)
+    assert counters.numel() >= tiles, (counters.shape, tiles)
+    out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    parts = tiles * config.split_k * halves * config.block_n * config.rows if config.split_k > 1 else 1
+    partial = torch.empty(parts, dtype=torch.float32, device=x.device)
     _linear_kernel[(tiles * config.split_k,)](
-        x, weight, residual, out, workspace.partial, workspace.arrived, num_rows, n, k,
-        x.stride(0), out.stride(0), residual.stride(0) if residual is not None else 0, config.split_k,
-        ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_K=config.block_k, EPILOGUE=epilogue, RESIDUAL=residual is not None,
-        EVEN_N=n % config.block_n == 0, PREFETCH=config.prefetch, STAGES=config.stages, PDL=pdl,
-        num_warps=config.num_warps, **({"launch_pdl": True} if pdl else {}),
+        x, weight, out, partial, counters, num_rows, n, k, x.stride(0), out.stride(0), config.split_k,
+        ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_K=config.block_k, EPILOGUE=epilogue, EVEN_N=n % config.block_n == 0,
+        PREFETCH=_PREFETCH, STAGES=config.stages, PDL=pdl, num_warps=config.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

@@ -63,23 +63,24 @@ def poisoned(*shape):
 
 
 @pytest.mark.parametrize("order", ["block_major", "layer_major"])
+@pytest.mark.parametrize("batch", [1, 17, 49, 192])  # each has a configuration of its own
 @pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES)
-def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, group, order):
-    from ksana_lab.attention.triton_decode import DecodeConfig, decode_attention, plan_decode
+def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, group, batch, order):
+    from ksana_lab.attention.triton_decode import config_for, decode_attention, plan_decode
 
-    rng = random.Random(f"{block_size} {head_dim} {kv_heads} {group} {order}")
+    rng = random.Random(f"{block_size} {head_dim} {kv_heads} {group} {order} {batch}")
     longest = 300 if INTERPRETED else 5000
     lengths = [1, block_size, block_size + 1, longest] + [rng.randrange(1, 400) for _ in range(2 if INTERPRETED else 29)]
     layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random())
     wide = torch.randn(len(lengths), (kv_heads * group + 3) * head_dim, device=DEVICE).to(DTYPE)  # queries are a view of a wider tensor
     q = wide[:, : kv_heads * group * head_dim].view(len(lengths), kv_heads * group, head_dim)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    config = DecodeConfig()
+    config = config_for(batch)
     plan = plan_decode(seq_lens, q.shape[1], kv_heads, head_dim, num_sms=4 if INTERPRETED else 132, config=config)
     plan.partial_out.fill_(float("nan"))
     out = poisoned(*q.shape)
     for _ in range(2):  # twice with one plan, as two layers do: the counters come back to zero
-        decode_attention(q, layer, tables, plan, head_dim**-0.5, out, config)
+        decode_attention(q, layer, tables, plan, head_dim**-0.5, out)
         expected = torch.cat([reference(q[i : i + 1], kv, head_dim**-0.5) for i, kv in enumerate(contents)])
         assert relative_error(out, expected) < TOLERANCE
 

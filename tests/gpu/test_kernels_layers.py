@@ -134,30 +134,45 @@ def test_sampling_follows_the_softmax(kernels):
     assert (share - probabilities).abs().max() < 4 * (0.25 / draws) ** 0.5
 
 
-LINEAR = [  # rows of x, N, K, block_n, block_k, split_k, padded rows
-    (1, 320, 512, 64, 128, 3, 16),
-    (13, 200, 512, 64, 64, 1, 16),
-    (33, 256, 384, 128, 64, 2, 64),
-    (100, 128, 1024, 128, 64, 4, 128),
-    (256, 320, 256, 64, 64, 2, 256),
+LINEAR = [  # rows of x, N, K, padded rows, block_n, block_k, split_k
+    (1, 320, 512, 16, 64, 128, 3),
+    (13, 200, 512, 16, 64, 64, 1),
+    (33, 256, 384, 64, 128, 64, 2),
+    (100, 128, 1024, 128, 128, 64, 4),
 ]
 
 
-@pytest.mark.parametrize("has_residual", [False, True])
-@pytest.mark.parametrize("epilogue", [0, 1])
-@pytest.mark.parametrize(("rows", "n", "k", "block_n", "block_k", "split_k", "padded"), LINEAR)
-def test_skinny_linear(rows, n, k, block_n, block_k, split_k, padded, epilogue, has_residual):
-    from ksana_lab.layers.linear_triton import LinearConfig, LinearWorkspace, skinny_linear
+def product(x, weight, epilogue):
+    wide = x.double() @ weight.double().T
+    gate, up = wide.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up if epilogue else wide
 
-    x, weight = randn(rows, k), randn(n * (2 if epilogue else 1), k) * k**-0.5
-    residual = randn(rows, n) if has_residual else None
-    expected = x.double() @ weight.double().T
-    if epilogue:
-        gate, up = expected.chunk(2, -1)
-        expected = torch.nn.functional.silu(gate) * up
-    if residual is not None:
-        expected = expected + residual.double()
-    config = LinearConfig(padded, block_n, block_k, split_k, 3, 8 if padded == 256 else 4)
-    workspace = LinearWorkspace(torch.device(DEVICE), 1 << 22)
-    for _ in range(2):
-        assert relative_error(skinny_linear(x, weight, config, workspace, residual, epilogue), expected) < TOLERANCE
+
+@pytest.mark.parametrize("epilogue", [0, 1])
+@pytest.mark.parametrize(("rows", "n", "k", "padded", "block_n", "block_k", "split_k"), LINEAR)
+def test_tiled_linear_for_few_rows(rows, n, k, padded, block_n, block_k, split_k, epilogue):
+    from ksana_lab.layers import few_rows, linear_triton
+
+    x, weight = randn(rows, k), randn(n * (1 + epilogue), k) * k**-0.5
+    config = few_rows.TileConfig(padded, block_n, block_k, split_k, 3, 8 if padded == 128 else 4)
+    counters = few_rows.new_counters(n, torch.device(DEVICE))
+    for pdl in (False, not INTERPRETED):
+        ours = linear_triton.linear(x, weight, config, counters, epilogue, pdl)
+        assert relative_error(ours, product(x, weight, epilogue)) < TOLERANCE
+    assert not counters.any()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Gluon has no interpreter")
+@pytest.mark.parametrize("epilogue", [0, 1])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 4096, 4096), (5, 320, 512), (8, 1024, 3072), (3, 200, 1024), (2, 151_936, 1024)])
+def test_streamed_linear_for_few_rows(rows, n, k, epilogue):
+    from ksana_lab.layers import few_rows
+
+    if not few_rows.has_hopper_kernel():
+        pytest.skip("needs compute capability 9 and Triton 3.6")
+    x, weight = randn(rows, k), randn(n * (1 + epilogue), k) * k**-0.5
+    counters = few_rows.new_counters(n, torch.device(DEVICE))
+    for pdl in (False, True):
+        ours = few_rows.linear(x, weight, few_rows.StreamConfig(8), counters, epilogue, pdl)
+        assert relative_error(ours, product(x, weight, epilogue)) < TOLERANCE
+    assert not counters.any()

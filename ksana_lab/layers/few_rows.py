@@ -1,0 +1,83 @@
+"""Which kernel multiplies the few rows of a decode step, where reading the weights is the whole cost.
+
+Plain decisions, no GPU needed; measured on an H200 with the shapes of Qwen3-8B and 0.6B inside whole captured steps (docs/LOG.md,
+2026-11-22). cuBLAS is as good or better from 33 rows on, and for small weights; ``choose`` then returns None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PLAIN, SILU_MUL = 0, 1  # y = x W^T; or silu(x G^T) * (x U^T) with W = G | U stacked
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """layers/linear_triton.py: W in tiles of block_n rows, each cut into split_k parts along K."""
+
+    rows: int  # of x, padded
+    block_n: int  # rows of W in a tile (of each half with SILU_MUL)
+    block_k: int
+    split_k: int
+    stages: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """layers/linear_hopper.py: one program an SM, W streams through a ring in shared memory."""
+
+    rows: int
+    block_n: int = 64
+    block_k: int = 128
+    ring_kib: int = 190
+
+
+def choose(num_rows: int, n: int, k: int, epilogue: int, num_sms: int, has_hopper_kernel: bool) -> TileConfig | StreamConfig | None:
+    """For y [num_rows, n] of x [num_rows, k]; n counts columns of y. None: cuBLAS (and a kernel of its own for the gate)."""
+    if num_rows > 32 or k % 256 or n % 128:
+        return None
+    if epilogue == SILU_MUL:
+        return TileConfig(16 if num_rows <= 16 else 32, 128, 128, 1, 3) if n >= 8192 else None
+    if num_rows <= 8 and has_hopper_kernel and k >= 2048:
+        return StreamConfig(8)
+    if num_rows <= 16:
+        if n >= 65536:
+            return TileConfig(16, 64, 128, 1, 4)
+        if k < 4096:
+            return None
+        tiles = n // 64
+        split = 1 if tiles > 0.7 * num_sms else min(num_sms // tiles, k // 256)  # no cut where most SMs have a tile anyway
+        return TileConfig(16, 64, 256, split, 3)
+    if n >= 65536:
+        return TileConfig(32, 64, 128, 1, 4)
+    return TileConfig(32, 64, 128, 4, 4) if k >= 8192 else None
+
+
+def new_counters(n: int, device: torch.device) -> Tensor:
+    """What a layer keeps for its kernels: [tiles] int32, zero between launches. Launches that share it must follow one another."""
+    return torch.zeros(-(-n // 64), dtype=torch.int32, device=device)
+
+
+def has_hopper_kernel() -> bool:
+    """Compute capability 9, and a Triton whose Gluon dialect is the one that layers/linear_hopper.py is written in."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    import triton
+
+    return triton.__version__.startswith("3.6.")
+
+
+def linear(
+    x: Tensor, weight: Tensor, config: TileConfig | StreamConfig, counters: Tensor, epilogue: int = PLAIN, pdl: bool = True
+) -> Tensor:
+    """x [M, K], weight [N, K] (SILU_MUL: [2 N, K] = gate | up), both contiguous in K -> [M, N]."""
+    if isinstance(config, StreamConfig):
+        from ksana_lab.layers import linear_hopper
+
+        return linear_hopper.linear(x, weight, config, counters, epilogue, pdl)
+    from ksana_lab.layers import linear_triton
+
+    return linear_triton.linear(x, weight, config, counters, epilogue, pdl)
