@@ -8,6 +8,7 @@ A figure is closed towards pyplot when it is returned, so a notebook shows it on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from ksana_lab.metrics.summary import SLO, confidence_interval
 
@@ -134,7 +135,7 @@ def attainment_vs_slo_scale(
         raise ValueError("an SLO with itl_s needs the records (summary.slo_attainment), not a frame of requests")
     rows = requests[~requests["is_cancelled"]] if "is_cancelled" in requests else requests
     points = []
-    for name, group in rows.groupby(by, sort=False):
+    for (name, *_), group in rows.groupby([by, "repeat"] if "repeat" in rows else [by], sort=False):
         for scale in scales:
             met = group["is_ok"].astype(bool)
             for metric, bound in bounds.items():
@@ -161,20 +162,36 @@ def goodput_by_split(runs: pd.DataFrame, *, split: str = "split", value: str = "
     return _done(figure)
 
 
-def pareto(runs: pd.DataFrame, *, by: str = "system", num_gpus: str = "num_gpus") -> Figure:
-    """Tokens per second and user (1 / TPOT p50) against output tokens per second and GPU; each system's frontier drawn through."""
+def pareto(
+    runs: pd.DataFrame, *, by: str = "system", num_gpus: str = "num_gpus", point: Sequence[str] = ("split", "rate", "transfer_mode")
+) -> Figure:
+    """Tokens per second and user (1 / TPOT p50) against output tokens per second and GPU; each system's frontier drawn through. Repeats,
+    rows that agree in the columns ``point``, are one point with its intervals."""
     frame = runs.assign(per_user=1.0 / runs["tpot_s_p50"], per_gpu=runs["output_throughput_tps"] / runs[num_gpus])
     figure, axes = _single()
     for i, (name, rows) in enumerate(frame.groupby(by, sort=False)):
-        axes.plot(rows["per_user"], rows["per_gpu"], linestyle="", marker=_MARKERS[i % 7], color=OKABE_ITO[i % 7], alpha=0.45)
-        edge = _frontier(rows)
-        axes.plot(
-            edge["per_user"], edge["per_gpu"], linestyle=_LINES[i % 7], marker=_MARKERS[i % 7], color=OKABE_ITO[i % 7], label=str(name)
-        )
+        style: dict[str, Any] = {"marker": _MARKERS[i % 7], "color": OKABE_ITO[i % 7]}
+        points = _means(rows, point)
+        axes.errorbar(points["per_user"], points["per_gpu"], xerr=points["per_user_error"], yerr=points["per_gpu_error"], linestyle="",
+                      capsize=2, alpha=0.45, **style)  # fmt: skip
+        edge = _frontier(points)
+        axes.plot(edge["per_user"], edge["per_gpu"], linestyle=_LINES[i % 7], label=str(name), **style)
     axes.set(xlabel="tokens/s per user (1 / TPOT p50)", ylabel="output tokens/s per GPU")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     return _finished(figure, axes)
+
+
+def _means(rows: pd.DataFrame, point: Sequence[str]) -> pd.DataFrame:
+    """One row per point; ``_error``: half-width over its repeats, nan of one."""
+    same = [column for column in point if column in rows and rows[column].notna().all()]
+    if "repeat" not in rows or rows["repeat"].nunique() < 2 or not same:
+        return rows.assign(per_user_error=np.nan, per_gpu_error=np.nan)
+    points = []
+    for _, group in rows.groupby(same, sort=False):
+        intervals = {name: confidence_interval(group[name].dropna().tolist()) for name in ("per_user", "per_gpu")}
+        points.append({name: v.mean for name, v in intervals.items()} | {f"{name}_error": v.half_width for name, v in intervals.items()})
+    return pd.DataFrame(points)
 
 
 def heat_map(runs: pd.DataFrame, *, x: str = "rate", y: str = "split", value: str = "slo_attainment") -> Figure:
@@ -182,18 +199,26 @@ def heat_map(runs: pd.DataFrame, *, x: str = "rate", y: str = "split", value: st
     grid = runs.pivot_table(index=y, columns=x, values=value, aggfunc="mean", sort=False).sort_index(axis=1)
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(figsize=(1.6 + 0.7 * grid.shape[1], 1.2 + 0.45 * grid.shape[0]), layout="constrained")
-        numbers = grid.to_numpy(dtype=float)
+        in_ms = re.search(r"_s(_|$)", value) is not None
+        numbers = grid.to_numpy(dtype=float) * (1e3 if in_ms else 1.0)
         low = 0.0 if value == "slo_attainment" else float(np.nanmin(numbers))
         high = float(np.nanmax(numbers))
         shown = axes.imshow(numbers, cmap="cividis", aspect="auto", vmin=low, vmax=high)
         for (row, column), number in np.ndenumerate(numbers):
             if not np.isnan(number):
-                axes.text(column, row, f"{number:.2f}", ha="center", va="center", color="black" if number > (low + high) / 2 else "white")
+                axes.text(
+                    column,
+                    row,
+                    f"{number:.0f}" if in_ms and number >= 10 else f"{number:.2f}",
+                    ha="center",
+                    va="center",
+                    color="black" if number > (low + high) / 2 else "white",
+                )
         axes.set_xticks(range(grid.shape[1]), [f"{label:g}" if isinstance(label, float) else str(label) for label in grid.columns])
         axes.set_yticks(range(grid.shape[0]), [str(label) for label in grid.index])
         axes.set(xlabel="offered rate (requests/s)" if x == "rate" else _words(x), ylabel=_words(y))
         axes.grid(visible=False)
-        figure.colorbar(shown, label=_words(value))
+        figure.colorbar(shown, label=f"{_statistic(value)} (ms)" if in_ms else _words(value))
     return _done(figure)
 
 
@@ -213,6 +238,10 @@ def against_prompt(requests: pd.DataFrame, metric: str, *, by: str = "system") -
         axes.plot(middle.index, middle, linestyle=_LINES[i % 7], marker=marker, markersize=5, color=colour, label=str(name))
     axes.set(xlabel="prompt tokens", ylabel=f"{_words(metric)} (ms)")
     axes.set_xscale("log", base=2)
+    lengths = sorted(set(requests["num_prompt_tokens"].tolist()))
+    if len(lengths) <= 8:
+        axes.xaxis.set_major_locator(FixedLocator(lengths))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(bottom=0)
     return _finished(figure, axes)
@@ -387,9 +416,9 @@ def _frontier(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _statistic(metric: str) -> str:
-    """ "ttft_s_p90" -> "time to first token, p90"."""
+    """ "ttft_s_p90" -> "time to first token, p90"; "transfer_s" -> "transfer"."""
     name, _, statistic = metric.rpartition("_")
-    return f"{_words(name)}, {statistic}"
+    return _words(metric) if statistic == "s" else f"{_words(name)}, {statistic}"
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:

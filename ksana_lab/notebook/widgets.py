@@ -80,7 +80,7 @@ class ClusterPanel(Panel):
         self._state = ipw.HTML()
         self._table = ipw.HTML()
         self._which = ipw.Dropdown(options=[], description="log of", layout=ipw.Layout(width="22em"))
-        self._which.observe(lambda _: _spawn(self.refresh()), "value")
+        self._which.observe(lambda _: _spawn(self.refresh()) if self.is_running else None, "value")
         self._log = ipw.HTML()
         self.box = ipw.VBox([ipw.HBox([self._start, self._stop, self._state]), self._table, self._which, self._log])
         self._draw("")
@@ -123,7 +123,7 @@ class ClusterPanel(Panel):
             self._status = await self._in_thread(cluster.status)
             names = [process["name"] for process in self._status["processes"]]
             if list(self._which.options) != names:
-                self._which.options = names
+                self._which.options, self._which.value = names, names[0]
             if cluster.is_running and self._which.value:
                 log = await self._in_thread(lambda: cluster.logs(self._which.value, _LOG_LINES))
         self._draw(log)

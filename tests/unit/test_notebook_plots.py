@@ -97,3 +97,51 @@ def test_goodput_bars_and_pareto_and_exposed_transfer_are_drawn():
     assert plots.pareto(runs()).axes[0].get_xlabel().startswith("tokens/s per user")
     requests = frame(exposed_transfer_s=0.002, num_prompt_tokens=128, transfer_mode="layer")
     assert plots.exposed_vs_prompt(requests).axes[0].lines[1].get_ydata() == pytest.approx([2.0])
+
+
+def test_repeats_of_a_rate_are_one_point_of_the_pareto_front():
+    repeats = pd.concat([runs(repeat=k, output_throughput_tps=100.0 + k) for k in range(3)])
+    axes = plots.pareto(repeats).axes[0]
+    assert len(axes.containers[0].lines[0].get_xdata()) == 3  # rates
+    assert axes.containers[0].has_yerr
+
+
+def test_attainment_over_slo_scale_has_intervals_over_repeats():
+    requests = pd.concat([frame(repeat=k).assign(ttft_s=[0.1, 0.2, 0.3, 0.2 + 0.1 * k]) for k in range(3)])
+    axes = plots.attainment_vs_slo_scale(requests, SLO(ttft_s=0.25), [0.5, 1.0, 2.0]).axes[0]
+    assert list(axes.containers[0].lines[0].get_ydata()) == pytest.approx([0.25, (0.75 + 0.5 + 0.5) / 3, 1.0])
+
+
+def test_a_heat_map_of_a_latency_is_in_milliseconds():
+    axes = plots.heat_map(runs(split="1P1D"), value="ttft_s_p90").axes
+    assert [text.get_text() for text in axes[0].texts] == ["110", "210", "410"]
+    assert axes[1].get_ylabel() == "time to first token, p90 (ms)"
+
+
+def test_many_different_lengths_are_drawn_as_medians_of_ranges():
+    lengths = pd.Series(range(1, 161))
+    middle = plots._medians(lengths, lengths * 2.0)
+    assert len(middle) == 8
+    assert middle.iloc[0] == pytest.approx(2 * middle.index[0])
+
+
+def pieces(mode: str) -> pd.DataFrame:
+    """Two layers of one prompt: the first travels before the end of prefill at 1 s, the second across it."""
+    rows = [(0, 0.8, 0.9), (1, 0.95, 1.1)]
+    columns = {"request_id": "r", "num_layers": 1, "bytes": 10.0, "compute_end_s": 1.0, "transfer_mode": mode}
+    return pd.DataFrame([{"layer": layer, "wire_start_s": start, "end_s": end, **columns} for layer, start, end in rows])
+
+
+def test_a_piece_on_the_wire_is_cut_where_prefill_ended():
+    figure = plots.layers_on_the_wire(pd.concat([pieces("bulk"), pieces("layer")]))
+    assert [axes.get_title() for axes in figure.axes] == ["bulk", "layer"]
+    spans = [path.get_extents() for bars in figure.axes[0].collections for path in bars.get_paths()]
+    assert [(box.x0, box.x1) for box in spans] == [pytest.approx(span) for span in ((-200, -100), (-50, 0), (0, 100))]
+
+
+def test_an_answer_names_the_node_of_each_token_and_its_hand_over():
+    tokens = pd.DataFrame({"token": [1, 2, 3], "at_s": [0.1, 0.13, 0.14], "node": ["prefill node", "decode node", "decode node"]})
+    axes = plots.token_timeline(tokens).axes[0]
+    assert any("30.0 ms" in text.get_text() for text in axes.texts)
+    assert [len(line.get_xdata()) for line in axes.lines] == [1, 2]
+    assert len(plots.token_timeline(tokens.iloc[:0]).axes[0].lines) == 0
