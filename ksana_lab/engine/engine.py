@@ -227,9 +227,15 @@ class Engine:
             generated_tokens=scheduler.generated_tokens,
             steps=self._num_steps,
             connected=self._transfer.connected() if self._transfer is not None else [],
-            transfer=self._transfer.stats() if self._transfer is not None else {},
+            transfer=self._transfer_stats(),
             now_ns=time.monotonic_ns(),
         )
+
+    def _transfer_stats(self) -> dict[str, float]:
+        if self._transfer is None:
+            return {}
+        held = sum(len(seq.block_table) for seq in list(self.scheduler.held.values()))
+        return {**self._transfer.stats(), "held_blocks": float(held)}
 
     @property
     def transfer_worker(self) -> Any:
