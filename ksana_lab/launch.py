@@ -170,7 +170,7 @@ def _run_engine(args: argparse.Namespace) -> int:
 def _run_cluster(args: argparse.Namespace) -> int:
     log_format.setup("cluster")
     cluster = Cluster.from_yaml(
-        args.file, overrides=args.set, model_dir=args.model_dir, trace_dir=args.trace, log_dir=args.log_dir, only=args.only
+        args.file, overrides=args.set, model_dir=args.model_dir, trace_dir=args.trace, log_dir=args.log_dir, only=args.only, nsys=args.nsys
     )
     if args.dry_run:
         return _print_cluster_plan(cluster)
@@ -378,6 +378,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="start only this process of the file (several hosts)")
     parser.add_argument("--log-dir", metavar="DIR", help="keep the processes' logs there")
     parser.add_argument("--trace", metavar="DIR", help="write the event log of every process there")
+    parser.add_argument("--nsys", action="store_true", help="also run the nodes under Nsight Systems; reports and SQLite go to --trace")
     parser.add_argument("--dry-run", action="store_true", help="print configuration, processes, ports and GPUs, and start nothing")
     parser.set_defaults(run=_run_cluster)
 

@@ -9,6 +9,7 @@ started: run ``python -m ksana_lab.launch cluster FILE --only NAME`` there."""
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.ports import PortPool, is_this_host
@@ -33,6 +35,7 @@ from ksana_lab.errors import ConfigError, KsanaLabError, ProcessDied
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.process import is_alive
 from ksana_lab.protocol.node import comm_key
+from ksana_lab.tracing.nsight import NsysSessions
 from ksana_lab.types import Role, SamplingParams
 from ksana_lab.workload.spec import WorkloadSpec
 
@@ -63,11 +66,14 @@ class Cluster:
         only: Sequence[str] = (),
         source: str = "cluster",
         program: Sequence[str] = (sys.executable, "-m", "ksana_lab.launch"),
+        nsys: bool = False,
     ) -> None:
         """Lays the cluster out; starts nothing. ``log_dir``: keep the processes' logs there (default: a private folder, removed by close).
-        ``only``: start just these processes. ``program``: what a process's arguments are given to. Raises ConfigError."""
+        ``only``: start just these processes. ``program``: what a process's arguments are given to.
+        ``nsys``: run the nodes under Nsight Systems, with reports in ``trace_dir``. Raises ConfigError."""
         self.config = config
         self._program = tuple(program)
+        self._nsys = _nsys_sessions(trace_dir) if nsys else None
         self._ports = PortPool()
         try:
             self.plan = self._lay_out(trace_dir, source)
@@ -154,6 +160,8 @@ class Cluster:
         for process in mine:  # the router first; a node that comes before it would only retry
             self._start_process(process)
         self._wait_ready(list(self._children.values()))
+        if self._nsys is not None:
+            self._nsys.start()
 
     def preflight(self) -> list[checks.Finding]:
         """What would keep the processes of this host from starting, as far as it can be known now."""
@@ -179,10 +187,13 @@ class Cluster:
         config_path.write_text(spec.config_text(), encoding="utf-8")
         log_dir = self._log_dir or self._run_dir
         log_dir.mkdir(parents=True, exist_ok=True)
+        prefix, variables = [], {RUN_DIR_VARIABLE: str(self._run_dir)}
+        if self._nsys is not None and isinstance(spec, NodeSpec):
+            prefix, variables = self._nsys.prefix(spec.name), {**variables, **self._nsys.environment}
         child = ChildProcess(
             spec.name,
-            [*self._program, *spec.arguments(config_path)],
-            env=child_environment(os.environ, {RUN_DIR_VARIABLE: str(self._run_dir)}),
+            [*prefix, *self._program, *spec.arguments(config_path)],
+            env=child_environment(os.environ, variables),
             log_path=log_dir / f"{spec.name}.log",
             spawner=self._spawner,
         )
@@ -237,6 +248,9 @@ class Cluster:
             return
         self._is_closed = True
         atexit.unregister(self.close)
+        if self._nsys is not None:
+            self._nsys.stop()
+            self._end_profiled()
         nodes = [child for name, child in self._children.items() if name != self.plan.router.name]
         router = [child for name, child in self._children.items() if name == self.plan.router.name]
         for group in (nodes, router):  # nodes sign off at a router that still listens
@@ -251,6 +265,19 @@ class Cluster:
         self._ports.close()
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _end_profiled(self) -> None:
+        """nsys starts a process as a child of its own agent and would kill it: ask the nodes themselves, so that they end in order."""
+        paths = {str(self._run_dir / f"{node.name}.yaml") for node in self.plan.nodes} if self._run_dir is not None else set()
+        nodes = []
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if paths & set(command) and "python" in os.path.basename(command[0]):
+                nodes.append(process)
+        for process in nodes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(nodes, timeout=_STOP_GRACE_S)
 
     def __enter__(self) -> Cluster:
         return self.start()
@@ -367,6 +394,12 @@ def _sampling_config(sampling: dict[str, Any]) -> dict[str, Any]:
     if not config.get("temperature"):
         return {**config, "topk": 1, "temperature": 1.0}
     return {**config, "topk": config.get("topk") or 1024, "do_sample": True}
+
+
+def _nsys_sessions(trace_dir: str | Path | None) -> NsysSessions:
+    if trace_dir is None:
+        raise ConfigError("nsys needs a trace_dir (--trace DIR): its reports are read together with the event logs there")
+    return NsysSessions(trace_dir, has_gpus=visible_gpus() > 0)
 
 
 def _remove_abandoned_run_dirs() -> None:

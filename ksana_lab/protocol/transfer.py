@@ -87,10 +87,14 @@ class Connected(msgspec.Struct, tag=True):
 
 class Ping(msgspec.Struct, tag=True):
     session: Id
+    sent_ns: int = 0  # on the sender's monotonic clock
 
 
 class Pong(msgspec.Struct, tag=True):
     session: Id
+    ping_ns: int = 0  # ``sent_ns`` of the ping that this answers
+    now_ns: int = 0  # on the answering node's monotonic clock
+    clock_domain: Text = ""  # which clock that is
 
 
 class Bye(msgspec.Struct, tag=True):

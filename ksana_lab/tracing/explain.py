@@ -92,6 +92,19 @@ def queueing(run: Timeline) -> Finding | None:
     return Finding("queueing", text, advice, mean, {"share": share, "busy": busy})
 
 
+def interleaving(run: Timeline) -> Finding | None:
+    """Between a prompt's chunks the engine runs those of others: nobody is idle, but everybody's first token is later."""
+    prefills = run.chunks[(run.chunks["kind"] == "prefill") & (run.chunks["role"] != "decode")]
+    own = (prefills["end_s"] - prefills["start_s"]).groupby(prefills["request_id"]).sum()
+    lost = (run.measured.set_index("request_id")["prefill_s"] - own).dropna().clip(lower=0.0)
+    if not len(lost) or lost.mean() < _NOTABLE * _ttft(run):
+        return None
+    count = prefills.groupby("request_id").size().reindex(lost.index).mean()
+    text = f"A prompt runs in {count:.1f} chunks, and {_ms(lost.mean())} pass between them while the engine runs other prompts."
+    advice = "Larger chunks (split_fuse_token_num) let the prompt that came first finish first; more prefill nodes shorten all."
+    return Finding("interleaving", text, advice, float(lost.mean()), {"chunks": float(count)})
+
+
 def decode_admission(run: Timeline) -> Finding | None:
     """The decode node takes its time to give a request blocks."""
     waits = (run.measured["announced_s"] - run.measured["decode_queued_s"]).dropna()
@@ -316,7 +329,8 @@ def lost_events(run: Timeline) -> Finding | None:
 
 
 RULES: tuple[Callable[[Timeline], Finding | None], ...] = (
-    queueing, decode_admission, exposed_transfer, handover, overhead, bottleneck, interference, preemptions, failures, lost_events,
+    queueing, interleaving, decode_admission, exposed_transfer, handover, overhead, bottleneck, interference,
+    preemptions, failures, lost_events,
 )  # fmt: skip
 
 

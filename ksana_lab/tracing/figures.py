@@ -4,7 +4,7 @@ Colours are Okabe and Ito's, and never alone: what is exposed is hatched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ksana_lab.tracing.perfetto import link_use
 from ksana_lab.tracing.timeline import Timeline
@@ -62,19 +63,13 @@ def layer_lanes(run: Timeline, request_id: str | None = None) -> Figure:
             end = max(_compute_end(run, row) for row in layers.itertuples(index=False)) - first
             axes.axvline(1e3 * end, color="#000000", linewidth=0.8, linestyle=":")
             axes.annotate(
-                "last layer computed",
-                (1e3 * end, num - 0.45),
-                fontsize=7,
-                ha="right",
-                va="bottom",
-                xytext=(-3, 0),
-                textcoords="offset points",
+                "last layer computed", (1e3 * end, -0.6), fontsize=7, ha="right", va="bottom", xytext=(-3, 1), textcoords="offset points"
             )
         axes.set(
             xlabel="time since the first layer began (ms)", ylabel="layer", ylim=(num - 0.4, -0.6), title=f"{request or 'no transfer'}"
         )
         axes.set_xlim(left=0)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, {"computed": _COMPUTE, "on the wire, hidden": _HIDDEN, "on the wire, exposed": _EXPOSED})
     return _done(figure)
 
@@ -126,7 +121,8 @@ def link_utilisation(run: Timeline) -> Figure:
     nodes = [node for node in run.steps["node"].drop_duplicates()] if len(run.steps) else []
     with plt.rc_context(_RC):
         figure, panels = plt.subplots(
-            len(links) + 1, 1, figsize=(7.5, 1.0 + 1.3 * len(links) + 0.35 * max(1, len(nodes))), sharex=True, layout="constrained", squeeze=False,
+            len(links) + 1, 1, sharex=True, layout="constrained", squeeze=False,
+            figsize=(7.5, 1.0 + 1.3 * len(links) + 0.35 * max(1, len(nodes))),
             height_ratios=[3] * len(links) + [max(1, len(nodes))],
         )  # fmt: skip
         for panel, link in zip(panels[:, 0], links, strict=False):
@@ -148,7 +144,7 @@ def link_utilisation(run: Timeline) -> Figure:
     return _done(figure)
 
 
-FIGURES = {
+FIGURES: dict[str, Callable[[Timeline], Figure]] = {
     "layer_lanes": layer_lanes,
     "request_gantt": request_gantt,
     "ttft_decomposition": ttft_decomposition,
@@ -167,11 +163,9 @@ def _most_interesting(run: Timeline) -> str | None:
 
 
 def _compute_end(run: Timeline, row: Any) -> float:
-    own = run.transfers[
-        (run.transfers["request_id"] == row.request_id)
-        & (run.transfers["index"] == row.index)
-        & (run.transfers["src_rank"] == row.src_rank)
-    ]
+    pieces = run.transfers
+    same = (pieces["request_id"] == row.request_id) & (pieces["index"] == row.index) & (pieces["src_rank"] == row.src_rank)
+    own = pieces[same]
     return float(own["compute_end_s"].iloc[0])
 
 
@@ -185,7 +179,8 @@ def _bar(axes: Axes, y: float, start: float, end: float, height: float, style: S
 def _legend(figure: Figure, styles: dict[str, Sequence[str]]) -> None:
     handles = [Patch(facecolor=s[0], hatch=s[1], edgecolor="#555555", linewidth=0.3, label=name) for name, s in styles.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), frameon=False)
+        columns = min(len(handles), max(2, int(figure.get_figwidth() / 1.75)))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _done(figure: Figure) -> Figure:

@@ -149,7 +149,7 @@ def _select(db: sqlite3.Connection, tables: set[str], table: str, wanted: Sequen
         return pd.DataFrame(columns=list(wanted))
     there = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
     chosen = ", ".join(f'"{c}"' if c in there else f'NULL AS "{c}"' for c in wanted)
-    return pd.DataFrame(db.execute(f"SELECT {chosen} FROM {table}").fetchall(), columns=list(wanted))
+    return pd.DataFrame(db.execute(f"SELECT {chosen} FROM {table}").fetchall(), columns=list(wanted), dtype=object)
 
 
 def _strings(db: sqlite3.Connection, tables: set[str]) -> dict[int, str]:
@@ -212,14 +212,19 @@ def _copies(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:
 def _on_device(frame: pd.DataFrame) -> pd.DataFrame:
     pids = [((_int(value) or 0) >> 24) & 0xFFFFFF for value in frame["globalPid"]]
     frame = frame.rename(columns={"deviceId": "device", "streamId": "stream", "correlationId": "correlation"})
-    return frame.assign(pid=pids).drop(columns=["globalPid"])
+    return _whole(frame.assign(pid=pids).drop(columns=["globalPid"]), "start", "end", "correlation", "device", "stream")
 
 
 def _runtime(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:
     frame = _select(db, tables, "CUPTI_ACTIVITY_KIND_RUNTIME", ["start", "end", "globalTid", "correlationId"])
     numbers = [_int(value) or 0 for value in frame["globalTid"]]
     frame = frame.assign(pid=[(n >> 24) & 0xFFFFFF for n in numbers], tid=[n & 0xFFFFFF for n in numbers])
-    return frame.rename(columns={"correlationId": "correlation"}).drop(columns=["globalTid"])
+    return _whole(frame.rename(columns={"correlationId": "correlation"}).drop(columns=["globalTid"]), "start", "end", "correlation")
+
+
+def _whole(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """These columns as int64; -1 for what is missing."""
+    return frame.assign(**{name: pd.Series([-1 if (v := _int(x)) is None else v for x in frame[name]], dtype="int64") for name in columns})
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

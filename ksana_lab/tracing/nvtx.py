@@ -1,7 +1,7 @@
 """The same events as NVTX annotations, so that Nsight Systems shows them beside kernels: domain ``ksana_lab``, one category per component.
 
 A message is an event's name and arguments, ``send request=12.0 bytes=65536``; the payload is its most telling number. What is only known
-when it is over (``span``) becomes a mark; what is open while it lasts (``open``/``shut``, ``push``/``pop``) a range. The phases of a request
+when it is over (``span``) becomes a mark; what is open while it lasts (``open``/``shut``, ``push``/``pop``) a range. A request's phases
 are start/end ranges, which may begin in one coroutine or thread and end in another; push/pop ranges nest within a thread.
 
 Nothing is annotated while no tool listens. A mark ``clock monotonic_ns=…`` once a second ties a report to the event log."""

@@ -8,6 +8,7 @@ that was killed. ``Recorder`` is passed to whoever records; ``NullRecorder`` is 
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import os
 import socket
@@ -155,6 +156,7 @@ class Recorder(NullRecorder):
             log.warning("%s: the closing line was not written: %s", self.path, error)
 
 
+@functools.cache
 def clock_domain() -> str:
     """Equal for processes that share a monotonic clock: the boot of one kernel, whatever containers call their host."""
     try:

@@ -1,0 +1,133 @@
+"""Runs processes under Nsight Systems: finds ``nsys``, prefixes commands, starts and stops the collection, exports SQLite.
+
+Each process gets a session of its own: ``nsys launch`` runs it, ``nsys start`` begins collecting when the run begins (so loading a model is
+not in the report), ``nsys stop`` ends that and writes the report while the process still serves. Reading it is tracing/nsys.py's job."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksana_lab.errors import ConfigError
+from ksana_lab.tracing.recorder import NVTX_VARIABLE
+
+log = logging.getLogger(__name__)
+
+NSYS_VARIABLE = "KSANA_LAB_NSYS"  # where nsys is, if it is not found
+_PLACES = (
+    "/opt/nvidia/nsight-systems*/**/target-linux-*/nsys",
+    "/opt/nvidia/nsight-compute/*/host/target-linux-*/nsys",
+    "/usr/local/cuda*/bin/nsys",
+    "/usr/lib/*/nsight-systems/target-linux-*/nsys",
+)
+_IMPORTERS = ("../host-linux-*/QdstrmImporter", "../linux-desktop-*/QdstrmImporter", "host-linux-*/QdstrmImporter")
+_INSTALL = (
+    "install Nsight Systems (NVIDIA's package nsight-systems-cli; on Debian: apt-get install nsight-systems from non-free), "
+    f"or name it with {NSYS_VARIABLE}=/path/to/nsys"
+)
+_COMMAND_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Nsys:
+    path: str
+    importer: str | None  # what makes a report of what was collected; without it nothing can be read
+
+    @property
+    def version(self) -> str:
+        return _run([self.path, "--version"]).stdout.strip()
+
+
+def find_nsys(env: Mapping[str, str] = os.environ) -> Nsys:
+    """Raises ConfigError that says what to install."""
+    named = env.get(NSYS_VARIABLE)
+    path = named or shutil.which("nsys", path=env.get("PATH")) or next((p for place in _PLACES for p in _newest(place)), None)
+    if path is None or not os.access(path, os.X_OK):
+        where = f"{NSYS_VARIABLE}={named} is not executable" if named else "nsys is not on the PATH nor where NVIDIA's packages put it"
+        raise ConfigError(f"--nsys: {where}; {_INSTALL}")
+    folder = Path(os.path.realpath(path)).parent
+    importer = next((p for place in _IMPORTERS for p in _newest(str(folder / place))), None)
+    if importer is None:
+        importer = next((p for root in (folder, *_installed_beside(folder)) for p in _newest(f"{root}/host-linux-*/QdstrmImporter")), None)
+    if importer is None:
+        raise ConfigError(
+            f"--nsys: {path} has no importer (QdstrmImporter) beside it, so it could collect and not report; install the host part, "
+            "or link it: ln -s /usr/lib/nsight-systems/host-linux-x64 next to the folder of nsys"
+        )
+    return Nsys(path, importer)
+
+
+def _installed_beside(folder: Path) -> list[Path]:
+    """Debian's nsys is a wrapper: its target folder lies in the multiarch folder."""
+    return [folder.parent, *(Path(p) for p in glob.glob("/usr/lib/*/nsight-systems"))]
+
+
+def _newest(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True), reverse=True)
+
+
+class NsysSessions:
+    """The sessions of one cluster. ``prefix`` before a process starts, ``start`` when all serve, ``stop`` before they are ended."""
+
+    def __init__(self, out: str | Path, nsys: Nsys | None = None, *, has_gpus: bool = False) -> None:
+        self._nsys = nsys or find_nsys()
+        self._out = Path(out).absolute()
+        self._trace = "nvtx,cuda,osrt" if has_gpus else "nvtx"
+        self._sessions: dict[str, str] = {}
+        self._is_started = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the processes: their recorders annotate."""
+        return {NVTX_VARIABLE: "1"}
+
+    def prefix(self, name: str) -> list[str]:
+        """What to put before the command of process ``name``."""
+        session = self._sessions[name] = f"ksana-lab-{os.getpid()}-{name}".replace(".", "-")
+        return [self._nsys.path, "launch", f"--session-new={session}", f"--trace={self._trace}"]
+
+    def start(self) -> None:
+        """Begin to collect. Raises ConfigError with nsys' own words."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        for name, session in self._sessions.items():
+            done = _run(
+                [self._nsys.path, "start", f"--session={session}", f"--output={self._out / name}", "--force-overwrite=true",
+                 "--sample=none", "--cpuctxsw=none"]
+            )  # fmt: skip
+            if done.returncode:
+                raise ConfigError(f"--nsys: collecting from {name} did not start: {(done.stderr or done.stdout).strip()[-500:]}")
+        self._is_started = True
+
+    def stop(self) -> list[Path]:
+        """End the collection and export what there is; the SQLite files. May be called twice; says what went wrong, and goes on."""
+        if not self._is_started:
+            return []
+        self._is_started = False
+        return [path for name in self._sessions if (path := self._finish(name)) is not None]
+
+    def _finish(self, name: str) -> Path | None:
+        stopped = _run([self._nsys.path, "stop", f"--session={self._sessions[name]}"])
+        report, raw, database = (self._out / f"{name}{suffix}" for suffix in (".nsys-rep", ".qdstrm", ".sqlite"))
+        if not report.exists() and raw.exists() and self._nsys.importer is not None:
+            _run([self._nsys.importer, "-i", str(raw), "-o", str(report)])
+        if not report.exists():
+            log.warning("nsys left no report of %s: %s", name, (stopped.stderr or stopped.stdout).strip()[-500:])
+            return None
+        exported = _run([self._nsys.path, "export", "--type=sqlite", "--force-overwrite=true", f"--output={database}", str(report)])
+        if not database.exists():
+            log.warning("the report of %s was not exported: %s", name, (exported.stderr or exported.stdout).strip()[-500:])
+            return None
+        return database
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(list(command), 124, "", f"no end within {_COMMAND_TIMEOUT_S:.0f} s")

@@ -1,0 +1,125 @@
+"""Event logs of a run that never ran: one request after the other through router, prefill and decode, with numbers to choose."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ksana_lab.metrics.record import RequestRecord
+
+MS = 1_000_000
+PAIR = "p:1__d:1"
+
+
+@dataclass
+class FakeRun:
+    """Milliseconds. A layer of a request is computed for ``compute_ms``; its piece is then on the wire for ``wire_ms``, one after the other."""
+
+    num_requests: int = 3
+    num_layers: int = 4
+    compute_ms: float = 5.0
+    wire_ms: float = 1.0
+    queueing_ms: float = 0.5
+    announced_after_ms: float = 0.0  # after the request reached the decode node
+    http_ms: float = 0.2  # each hop
+    gap_ms: float = 100.0  # between requests
+    mode: str = "layer"  # or bulk
+    bytes: int = 1 << 20  # per layer
+    copies: int = 4
+    post_us: float = 10.0
+    decode_wait_ms: float = 0.1
+    decode_ms: float = 4.0
+    num_decodes: int = 5
+    free_blocks: int = 900
+    domain_of_decode: str = "host-a"
+    decode_clock_ahead_ms: float = 0.0
+    logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    client: list[RequestRecord] = field(default_factory=list)
+
+    def write(self, folder: Path) -> Path:
+        self.logs = {role: [] for role in ("router", "prefill-api", "prefill.tp0", "decode-api", "decode.tp0")}
+        for number in range(self.num_requests):
+            self._request(number, 1000.0 + number * self.gap_ms)
+        folder.mkdir(parents=True, exist_ok=True)
+        for pid, (role, events) in enumerate(self.logs.items(), start=100):
+            domain = self.domain_of_decode if role.startswith("decode") else "host-a"
+            clock = {"monotonic_ns": 0, "unix_ns": 0}
+            args = {"role": role, "pid": pid, "host": domain, "clock_domain": domain, "clock": clock}
+            end = {"ph": "M", "name": "end", "args": {"written": len(events), "dropped": 0}}
+            lines = [{"ph": "M", "name": "process", "args": args}, *events, end]
+            (folder / f"{role}-{pid}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    def _request(self, number: int, t: float) -> None:
+        name, hop = f"r-{number}", self.http_ms
+        ids = {"request_id": name, "comm_request_id": number}
+        seq = {**ids, "seq_id": number}
+        sent = t
+        self._mark("router", t := t + hop, "ARRIVED", request_id=name)
+        self._mark("router", t := t + 0.05, "ROUTED", comm_key=PAIR, prefill="p:1", decode="d:1", **ids)
+        at_decode = t + hop
+        self._mark("prefill-api", t := t + hop, "ARRIVED", **ids)
+        self._mark("prefill-api", t := t + 0.1, "QUEUED", num_prompt_tokens=64, **ids)
+        self._mark("prefill.tp0", t := t + 0.1, "QUEUED", **seq)
+        announced = at_decode + 0.2 + self.announced_after_ms
+        self._mark("decode-api", at_decode, "ARRIVED", **ids)
+        self._mark("decode.tp0", at_decode + 0.2, "QUEUED", **seq)
+        self._mark("decode.tp0", announced, "TRANSFER_START", **seq)
+        self._mark("prefill.tp0", t := t + self.queueing_ms, "PREFILL_START", **seq)
+        begin, end = t, t + self.num_layers * self.compute_ms
+        ends = [round((i + 1) * self.compute_ms * MS) for i in range(self.num_layers)]
+        self._span("prefill.tp0", begin, end, "layers", "step", step=number, rank=0, ends_ns=ends)
+        self._span("prefill.tp0", begin, end, "step", "step", step=number, num_tokens=64, num_seqs=1, num_decodes=0, seqs=[[number, 0, 64]])
+        self._mark("prefill.tp0", end, "PREFILL_END", **seq)
+        arrived = self._pieces(number, begin, announced)
+        self._mark("prefill-api", end + 0.1, "FIRST_TOKEN", **ids)
+        first = end + 0.1 + 2 * hop
+        self._mark("router", end + 0.1 + hop, "FIRST_TOKEN", ttft_us=round((end + 0.1 + hop - sent - hop) * 1000), request_id=name)
+        t = max(arrived, end) + 0.1
+        self._mark("decode.tp0", t, "TRANSFER_END", **seq)
+        t += self.decode_wait_ms
+        times = [first]
+        for i in range(self.num_decodes):
+            span = {"step": 1000 * number + i, "num_tokens": 1, "num_seqs": 1, "num_decodes": 1}
+            self._span("decode.tp0", t, t + self.decode_ms, "step", "step", **span, seqs=[[number, 64 + i, 1]])
+            t += self.decode_ms
+            times.append(t + 2 * hop)
+        self._mark("decode.tp0", t, "FINISHED", num_output_tokens=len(times), **seq)
+        self._count("decode.tp0", t, free=self.free_blocks)
+        self._mark("router", t + hop, "FINISHED", outcome="ok", error=None, request_id=name)
+        seconds = [x / 1e3 for x in times]
+        record = RequestRecord(name, 64, len(times), sent / 1e3, sent / 1e3, seconds, [1] * len(times), seconds[-1], "length")
+        self.client.append(record)
+
+    def _pieces(self, number: int, begin: float, announced: float) -> float:
+        """Sends and receives; returns when the last one was over."""
+        num = self.num_layers
+        groups = [(0, num)] if self.mode == "bulk" else [(i, 1) for i in range(num)]
+        free = announced
+        for layer, count in groups:
+            ready = begin + (layer + count) * self.compute_ms
+            start = max(ready, free)
+            free = start + count * self.wire_ms
+            args = {
+                "request": f"{number}.0", "pair": PAIR, "layer": layer, "layers": count, "bytes": count * self.bytes, "chunk": 0,
+                "ready_ns": round(ready * MS), "rank": 0, "copies": count * self.copies, "tokens": [0, 64], "post_us": self.post_us,
+            }  # fmt: skip
+            self._span("prefill.tp0", start, free, "send", "transfer", peer="d:1.0", **args)
+            late = {**args, "ready_ns": round((ready + self.decode_clock_ahead_ms) * MS)}
+            self._span("decode.tp0", start + 0.1 * count * self.wire_ms, free - 0.01, "recv", "transfer", peer="p:1.0", **late)
+        return free
+
+    def _time(self, role: str, ms: float) -> int:
+        return round((ms + (self.decode_clock_ahead_ms if role.startswith("decode") else 0.0)) * MS)
+
+    def _mark(self, role: str, ms: float, name: str, **args: Any) -> None:
+        self.logs[role].append({"ph": "i", "ts": self._time(role, ms), "name": name, "cat": "request", "args": args})
+
+    def _span(self, role: str, start: float, end: float, name: str, cat: str, **args: Any) -> None:
+        ts = self._time(role, start)
+        self.logs[role].append({"ph": "X", "ts": ts, "dur": self._time(role, end) - ts, "name": name, "cat": cat, "args": args})
+
+    def _count(self, role: str, ms: float, **values: float) -> None:
+        self.logs[role].append({"ph": "C", "ts": self._time(role, ms), "name": "blocks", "cat": "step", "args": values})

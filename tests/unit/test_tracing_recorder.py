@@ -1,0 +1,108 @@
+"""The recorder: off by default, bounded, counted, never waiting."""
+
+import threading
+
+import pytest
+
+from ksana_lab.tracing.events import read_logs
+from ksana_lab.tracing.nvtx import NvtxRecorder, annotate
+from ksana_lab.tracing.recorder import NullRecorder, Recorder, open_recorder
+
+
+def test_off_by_default():
+    recorder = open_recorder(None, "prefill.tp0")
+    assert type(recorder) is NullRecorder and not recorder.enabled and not recorder.annotates
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    recorder = Recorder(tmp_path, "decode.tp0")
+    threads = [threading.Thread(target=lambda: [recorder.instant("x", "step", i=i) for i in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    recorder.close()
+    recorder.close()
+    (log,) = read_logs(tmp_path)
+    assert log.written == len(log.events) == 2000 and log.dropped == 0 and log.is_complete
+
+
+def test_a_full_queue_drops_and_counts(tmp_path):
+    recorder = Recorder(tmp_path, "x", capacity=0)
+    recorder.instant("lost", "step")
+    recorder.close()
+    (log,) = read_logs(tmp_path)
+    assert (log.written, log.dropped, log.events) == (0, 1, [])
+
+
+def test_a_full_file_drops_and_counts(tmp_path):
+    recorder = Recorder(tmp_path, "x", max_bytes=2000)
+    for i in range(200):
+        recorder.instant("event", "step", number=i)
+    recorder.close()
+    (log,) = read_logs(tmp_path)
+    assert log.written + log.dropped == 200 and log.dropped > 0 and recorder.path.stat().st_size < 2500
+
+
+def test_an_argument_that_is_no_json_costs_one_event_only(tmp_path):
+    recorder = Recorder(tmp_path, "x")
+    recorder.instant("bad", "step", what=object())
+    recorder.instant("good", "step")
+    recorder.close()
+    (log,) = read_logs(tmp_path)
+    assert [e["name"] for e in log.events] == ["good"] and log.dropped == 1
+
+
+class FakeNvtx:
+    """Stands in for the module: notes what a tool would see."""
+
+    def __init__(self):
+        self.marks, self.open, self.closed, self.stack = [], {}, [], []
+
+    def mark(self, **event):
+        self.marks.append(event["message"])
+
+    def start_range(self, **event):
+        self.open[len(self.open)] = event
+        return len(self.open) - 1
+
+    def end_range(self, handle):
+        self.closed.append(self.open[handle]["message"].split(" ")[0])
+
+    def push_range(self, **event):
+        self.stack.append(event["message"])
+
+    def pop_range(self, domain):
+        assert domain == "ksana_lab"
+        self.stack.pop()
+
+
+def test_phases_of_a_request_become_ranges():
+    nvtx = FakeNvtx()
+    recorder = NvtxRecorder(NullRecorder(), "prefill.tp0", nvtx)
+    for name in ("QUEUED", "PREFILL_START", "PREFILL_END", "FINISHED"):
+        recorder.instant(name, "request", request_id="a", seq_id=3)
+    assert nvtx.closed == ["queueing", "prefill", "decode"]
+    assert {e["domain"] for e in nvtx.open.values()} == {"ksana_lab"} and nvtx.open[1]["payload"] == 3
+    assert nvtx.open[1]["message"] == "prefill request_id=a seq_id=3"
+
+
+def test_a_report_can_be_tied_to_the_log(tmp_path):
+    nvtx = FakeNvtx()
+    NvtxRecorder(NullRecorder(), "router", nvtx).close()
+    assert nvtx.marks == ["clock role=router"]
+
+
+def test_spans_reach_the_log_too(tmp_path):
+    nvtx = FakeNvtx()
+    recorder = NvtxRecorder(Recorder(tmp_path, "x"), "x", nvtx)
+    recorder.span("send", "transfer", 0, 5000, request="1.0", layer=2, bytes=64, peer="d.0")
+    recorder.close()
+    assert nvtx.marks[-1] == "send request=1.0 layer=2 bytes=64 peer=d.0 us=5"
+    assert [e["name"] for e in read_logs(tmp_path)[0].events] == ["send"]
+
+
+@pytest.mark.parametrize("env", [{}, {"NVTX_INJECTION64_PATH": ""}])
+def test_nothing_is_annotated_while_no_tool_listens(env):
+    recorder = NullRecorder()
+    assert annotate(recorder, "x", env) is recorder

@@ -1,0 +1,127 @@
+"""A run of known numbers, joined."""
+
+import itertools
+
+import pytest
+from helpers_trace import FakeRun
+
+from ksana_lab.errors import ConfigError
+from ksana_lab.tracing import perfetto
+from ksana_lab.tracing.events import read_logs
+from ksana_lab.tracing.figures import FIGURES
+from ksana_lab.tracing.timeline import load
+
+
+def joined(tmp_path, **numbers):
+    fake = FakeRun(**numbers)
+    return load(fake.write(tmp_path), client=fake.client)
+
+
+def ok(run):
+    return dict(zip(run.checks()["name"], run.checks()["is_ok"], strict=True))
+
+
+def test_every_check_of_a_clean_run_holds(tmp_path):
+    run = joined(tmp_path)
+    assert all(ok(run).values()), run.checks()
+    assert len(run.measured) == 3 and set(run.measured["route"]) == {"prefill+decode"}
+
+
+def test_phases_add_up_to_what_the_client_saw(tmp_path):
+    run = joined(tmp_path)
+    total = run.breakdown.groupby("request_id")["seconds"].sum()
+    first = run.breakdown[run.breakdown["is_ttft"]].groupby("request_id")["seconds"].sum()
+    requests = run.requests.set_index("request_id")
+    assert (total - requests["e2e_s"]).abs().max() < 1e-6
+    assert (first - requests["ttft_s"]).abs().max() < 1e-6
+
+
+def test_phases_have_the_lengths_that_were_put_in(tmp_path):
+    run = joined(tmp_path, queueing_ms=7.0, compute_ms=5.0)
+    mean = run.breakdown.groupby("phase")["seconds"].mean() * 1e3
+    assert mean["queueing"] == pytest.approx(7.0, abs=1e-3)
+    assert mean["prefill"] == pytest.approx(20.0, abs=1e-3)
+    assert mean["decode"] == pytest.approx(20.0, abs=1e-3)
+
+
+def test_hidden_and_exposed_of_layerwise_transfer(tmp_path):
+    run = joined(tmp_path, num_requests=1, compute_ms=5.0, wire_ms=1.0)
+    layers = run.layers.set_index("layer")
+    assert layers["exposed_s"].tolist() == pytest.approx([0, 0, 0, 1e-3], abs=1e-6)
+    assert (layers["hidden_s"] + layers["exposed_s"]).tolist() == pytest.approx([1e-3] * 4)
+    assert layers["compute_s"].tolist() == pytest.approx([5e-3] * 4)
+
+
+def test_hidden_and_exposed_of_a_slow_link(tmp_path):
+    """t > c: layers queue up; what is exposed is the sum of t less what computing hides."""
+    run = joined(tmp_path, num_requests=1, compute_ms=2.0, wire_ms=3.0)
+    assert run.requests["exposed_transfer_s"].iloc[0] == pytest.approx(4 * 3e-3 - 3 * 2e-3)
+    assert run.layers["hidden_s"].sum() == pytest.approx(6e-3)
+
+
+def test_a_piece_of_all_layers_is_shared_out_evenly(tmp_path):
+    run = joined(tmp_path, mode="bulk")
+    assert len(run.transfers) == 3 and len(run.layers) == 12
+    assert run.layers["hidden_s"].sum() == 0 and ok(run)["hidden + exposed = wire"]
+    assert ok(run)["layer sends"]
+
+
+def test_a_lost_send_is_noticed(tmp_path):
+    fake = FakeRun()
+    fake.write(tmp_path)
+    path = next(tmp_path.glob("prefill.tp0*"))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not ('"send"' in line and '"layer": 2' in line)) + "\n")
+    found = ok(load(tmp_path, client=fake.client))
+    assert not found["layer sends"] and not found["KV sent once"] and not found["written = read"]
+
+
+def test_a_log_cut_in_a_line_is_read_as_far_as_it_goes(tmp_path):
+    fake = FakeRun()
+    fake.write(tmp_path)
+    path = next(tmp_path.glob("decode.tp0*"))
+    path.write_text(path.read_text()[:-200])
+    run = load(tmp_path, client=fake.client)
+    assert not ok(run)["logs closed"] and len(run.requests) == 3
+
+
+def test_no_log_says_how_to_make_one(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ConfigError, match="trace_dir"):
+        read_logs(tmp_path)
+
+
+def test_arrows_lead_from_each_send_to_its_receive(tmp_path):
+    run = joined(tmp_path)
+    trace = perfetto.to_chrome(run)
+    arrows = perfetto.flows(trace)
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert len(arrows) == 12
+    for start, end in arrows:
+        assert start["ts"] <= end["ts"]
+        assert names[start["pid"], start["tid"]].startswith("send") and names[end["pid"], end["tid"]].startswith("receive")
+    assert {"C", "X", "s", "f"} <= {e["ph"] for e in trace["traceEvents"]}
+
+
+def test_spans_of_one_track_do_not_cross(tmp_path):
+    run = joined(tmp_path, compute_ms=1.0, wire_ms=3.0)
+    tracks = {}
+    for e in perfetto.to_chrome(run)["traceEvents"]:
+        if e["ph"] == "X":
+            tracks.setdefault((e["pid"], e["tid"]), []).append((e["ts"], e["ts"] + e["dur"]))
+    for spans in tracks.values():
+        spans.sort()
+        assert all(a_end <= b_start + 1e-2 for (_, a_end), (b_start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_figures_draw(tmp_path, name):
+    figure = FIGURES[name](joined(tmp_path))
+    assert any(axes.patches or axes.collections for axes in figure.axes)
+
+
+def test_link_use_integrates_to_the_bytes_sent(tmp_path):
+    run = joined(tmp_path, compute_ms=1.0, wire_ms=3.0)
+    use = perfetto.link_use(run)
+    seconds = use["at_s"].diff().shift(-1).fillna(0.0)
+    assert (use["bytes_per_s"] * seconds).sum() == pytest.approx(run.transfers["bytes"].sum(), rel=1e-6)
