@@ -65,6 +65,7 @@ class Story:
 def test_decode_node_gives_up_while_it_waits_for_kv(pair):
     story = Story(pair)
     story.add("prefill", "decode")
+    story.turn("prefill")  # D takes blocks when P has begun
     story.until(lambda: story.queue("decode", "waiting_kv"), "decode")
     story.abort("decode")
     story.until(lambda: len(story.ends) == 2, "prefill", "decode")
