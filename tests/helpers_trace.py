@@ -15,7 +15,7 @@ PAIR = "p:1__d:1"
 
 @dataclass
 class FakeRun:
-    """Milliseconds. A layer of a request is computed for ``compute_ms``; its piece is then on the wire for ``wire_ms``, one after the other."""
+    """Milliseconds. A layer of a request is computed for ``compute_ms``; its piece is on the wire for ``wire_ms``, one after the other."""
 
     num_requests: int = 3
     num_layers: int = 4

@@ -60,6 +60,7 @@ class _Flight:
     device_exposed_s: float = 0.0  # of the prompt, on its last piece
     is_written: bool = False
     notice: wire.Notice | None = None
+    range: object = None  # a profiler's, while it is on its way
 
 
 @dataclass(eq=False)
@@ -503,6 +504,11 @@ class Sender:
         """Without the lock: hand the bytes to the backend."""
         out, piece = flight.out, flight.piece
         assert out.target is not None and link.link is not None
+        if self._recorder.annotates:
+            flight.range = self._recorder.open(
+                "send", "transfer", request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), chunk=piece.chunk,
+                bytes=flight.nbytes, peer=f"{link.peer.name}.{link.rank}", rank=self._rank,
+            )  # fmt: skip
         try:
             begin = time.perf_counter()
             runs, shift = self._plan(link, out, piece)
@@ -585,6 +591,7 @@ class Sender:
             flight.route.num_unacked -= 1
             self._report_sent([out], now_ns)
         if self._recorder.enabled:
+            self._recorder.shut(flight.range)
             piece = flight.piece
             is_last = out.last_step is piece.step and piece.layers.stop == self._layout.num_layers
             last_ready_ns = piece.ready_ns if is_last else 0
