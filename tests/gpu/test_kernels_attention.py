@@ -62,8 +62,9 @@ def poisoned(*shape):
     return torch.full(shape, float("nan"), dtype=DTYPE, device=DEVICE)
 
 
-@pytest.mark.parametrize("order", ["block_major", "layer_major"])
-@pytest.mark.parametrize("batch", [1, 17, 49, 192])  # each has a configuration of its own
+@pytest.mark.parametrize(  # each batch size has a configuration of its own
+    ("batch", "order"), [(1, "block_major"), (17, "layer_major"), (49, "block_major"), (192, "layer_major")]
+)
 @pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES)
 def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, group, batch, order):
     from ksana_lab.attention.triton_decode import config_for, decode_attention, plan_decode
