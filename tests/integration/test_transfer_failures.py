@@ -173,10 +173,10 @@ def test_blocks_in_shared_memory_are_not_safe_before_the_writer_has_stopped(monk
     started, go_on = threading.Event(), threading.Event()
     write = ShmLink.write
 
-    def stuck(self, copies, window, after=None):
+    def stuck(self, copies, window, after=None, shift=(0, 0)):
         started.set()
         assert go_on.wait(20)
-        return write(self, copies, window, after)
+        return write(self, copies, window, after, shift)
 
     monkeypatch.setattr(ShmLink, "write", stuck)
     with make_pair(backend="shm") as (p, d):
