@@ -76,9 +76,8 @@ def main(argv: Sequence[str]) -> int:
     shape = SHAPES[args.shape]
     with torch.inference_mode():
         ceilings = measure_ceilings()
-        print(
-            f"{torch.cuda.get_device_name()}: {ceilings.read_bytes_per_s / 1e12:.2f} TB/s read, {ceilings.matmul_flops_per_s / 1e12:.0f} TFLOP/s"
-        )
+        read, matmul = ceilings.read_bytes_per_s / 1e12, ceilings.matmul_flops_per_s / 1e12
+        print(f"{torch.cuda.get_device_name()}: {read:.2f} TB/s read, {matmul:.0f} TFLOP/s")
         print(f"{'kernel':44} {'us':>9} {'floor':>9} {'ratio':>6}")
         rows = []
         for row in measure(shape, ceilings, args.batch, args.context, args.prompt):
