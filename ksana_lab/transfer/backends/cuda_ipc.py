@@ -20,7 +20,7 @@ import torch
 
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer import cuda_driver
-from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial
+from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
 from ksana_lab.transfer.staging import check_alignment
@@ -212,14 +212,13 @@ class CudaIpcLink:
         self._stream.close()
 
 
-class CudaIpcBackend:
+class CudaIpcBackend(ServedByStream):
     name = "cuda_ipc"
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise TransferError("transfer backend cuda_ipc needs a GPU; use tcp or shm")
         cuda_driver.driver()
-        self._server: StreamServer | None = None
         self._memory: torch.Tensor | None = None
         self._copier: Copier | None = None
         self._lock = threading.Lock()
@@ -264,23 +263,8 @@ class CudaIpcBackend:
         stream.start()
         return CudaIpcLink(stream, self._copier, target, path, expected)
 
-    def open_window(self, window: int) -> None:
-        assert self._server is not None
-        self._server.open_window(window)
-
-    def close_window(self, window: int) -> bool:
-        return self._server is None or self._server.close_window(window)
-
-    def num_writers(self, session: int) -> int:
-        return 0 if self._server is None else self._server.num_writers(session)
-
-    def forget(self, session: int) -> None:
-        if self._server is not None:
-            self._server.forget(session)
-
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        super().close()
         self._memory = self._copier = None
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial
+from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial
 from ksana_lab.transfer.backends.tcp import host_view
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
@@ -85,7 +85,7 @@ def _copy_s(target: np.ndarray, source: np.ndarray) -> float:
     return max(1e-9, min(times))
 
 
-class ShmBackend:
+class ShmBackend(ServedByStream):
     name = "shm"
 
     def __init__(self) -> None:
@@ -93,7 +93,6 @@ class ShmBackend:
             raise TransferError("backend shm needs Linux (memfd_create); use tcp")
         self._fd = -1
         self._memory: torch.Tensor | None = None
-        self._server: StreamServer | None = None
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if device.type != "cpu":
@@ -142,23 +141,8 @@ class ShmBackend:
         stream.start()
         return ShmLink(stream, source, np.frombuffer(memory, np.uint8))
 
-    def open_window(self, window: int) -> None:
-        assert self._server is not None
-        self._server.open_window(window)
-
-    def close_window(self, window: int) -> bool:
-        return self._server is None or self._server.close_window(window)
-
-    def num_writers(self, session: int) -> int:
-        return 0 if self._server is None else self._server.num_writers(session)
-
-    def forget(self, session: int) -> None:
-        if self._server is not None:
-            self._server.forget(session)
-
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        super().close()
         self._memory = None
         if self._fd >= 0:
             os.close(self._fd)

@@ -377,6 +377,31 @@ class StreamServer:
         writer.wire.send([Frame(ACK, REFUSED if error else OK, 0, frame.window, frame.token, len(text)).pack(), text])
 
 
+class ServedByStream:
+    """The decode side of a backend (``transfer.base.TransferBackend``) whose notices pass through a StreamServer, made by its ``serve``."""
+
+    _server: StreamServer | None = None
+
+    def open_window(self, window: int) -> None:
+        assert self._server is not None
+        self._server.open_window(window)
+
+    def close_window(self, window: int) -> bool:
+        return self._server is None or self._server.close_window(window)
+
+    def num_writers(self, session: int) -> int:
+        return 0 if self._server is None else self._server.num_writers(session)
+
+    def forget(self, session: int) -> None:
+        if self._server is not None:
+            self._server.forget(session)
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._server is not None:
+            self._server.close()
+
+
 # ---- the client: a prefill rank -----------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer.backends.stream import DONE, StreamLink, StreamServer, dial, staged
+from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair
@@ -98,13 +98,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class TcpBackend:
+class TcpBackend(ServedByStream):
     name = "tcp"
 
     def __init__(self, host: str) -> None:
         """``host``: the address of this machine that peers reach; data ports are chosen by the system."""
         self._host = host
-        self._server: StreamServer | None = None
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -131,21 +130,3 @@ class TcpBackend:
         stream = StreamLink(sock, secret, session, events, timeout_s, source=source)
         stream.start()
         return TcpLink(stream, cache, address[0])
-
-    def open_window(self, window: int) -> None:
-        assert self._server is not None
-        self._server.open_window(window)
-
-    def close_window(self, window: int) -> bool:
-        return self._server is None or self._server.close_window(window)
-
-    def num_writers(self, session: int) -> int:
-        return 0 if self._server is None else self._server.num_writers(session)
-
-    def forget(self, session: int) -> None:
-        if self._server is not None:
-            self._server.forget(session)
-
-    def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
