@@ -1,0 +1,106 @@
+"""What recording costs: ``python -m ksana_lab.bench trace``. The same engine and work with the event log on and off, in turns.
+
+Two engines with the same weights run in this process, one after the other in pairs whose order alternates, so that whatever else the
+machine does falls on both; the cost is the median of the pairs' ratios, with the interval of an order statistic. Beside it, what one event
+costs its caller. Knows no HTTP: tokens per second of decode steps, where the log is written most often."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ksana_lab.engine.llm import LLM
+from ksana_lab.tracing.events import read_logs
+from ksana_lab.tracing.recorder import Recorder
+from ksana_lab.types import SamplingParams
+
+_NUM_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    cost_percent: float  # of throughput; median over the pairs
+    cost_low_percent: float  # 25th and 75th percentile of the pairs: what the machine's unrest makes of it
+    cost_high_percent: float
+    tokens_per_s_off: float
+    tokens_per_s_on: float
+    events_per_token: float
+    event_us: float  # for the thread that records one
+    estimated_percent: float  # events per token times event_us, against the time of a token: free of the machine's unrest
+    dropped: int
+    num_pairs: int
+
+
+def event_us(count: int = 20_000) -> float:
+    """What ``instant`` takes of its caller, median of small batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(folder, "bench", capacity=1 << 20)
+        times = []
+        for _ in range(count // 100):
+            begin = time.perf_counter()
+            for i in range(100):
+                recorder.instant("event", "step", step=i, num_tokens=8)
+            times.append((time.perf_counter() - begin) * 1e4)
+        recorder.close()
+    return statistics.median(times)
+
+
+def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 64) -> Cost:
+    """Raises what LLM raises."""
+    prompts = [[3 + (7 * i + j) % 500 for j in range(32)] for i in range(_NUM_PROMPTS)]
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    with tempfile.TemporaryDirectory() as folder, LLM(model_dir) as off, LLM(model_dir, trace_dir=folder) as on:
+        engines = {"off": off, "on": on}
+        for engine in engines.values():
+            engine.generate(prompts, sampling)
+        seconds: dict[str, list[float]] = {"off": [], "on": []}
+        for number in range(num_pairs):
+            for name in ("off", "on") if number % 2 else ("on", "off"):
+                begin = time.perf_counter()
+                engines[name].generate(prompts, sampling)
+                seconds[name].append(time.perf_counter() - begin)
+        on.close()
+        (log,) = read_logs(folder)
+    ratios = sorted(100 * (1 - a / b) for a, b in zip(seconds["off"], seconds["on"], strict=True))
+    tokens = _NUM_PROMPTS * num_tokens
+    rate_off, rate_on = (tokens / statistics.median(seconds[name]) for name in ("off", "on"))
+    events, own = len(log.events) / (tokens * (num_pairs + 1)), event_us()
+    quartiles = statistics.quantiles(ratios, n=4)
+    return Cost(
+        cost_percent=statistics.median(ratios),
+        cost_low_percent=quartiles[0],
+        cost_high_percent=quartiles[2],
+        tokens_per_s_off=rate_off,
+        tokens_per_s_on=rate_on,
+        events_per_token=events,
+        event_us=own,
+        estimated_percent=100 * events * own * rate_off / 1e6,
+        dropped=log.dropped or 0,
+        num_pairs=num_pairs,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ksana_lab.bench trace", description="Throughput with the event log on and off.")
+    parser.add_argument("--model-dir", default=".cache/tiny", help="a checkpoint (.cache/tiny: python -m ksana_lab.models.synth)")
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64, help="per request, 8 requests at once")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    cost = measure(options.model_dir, num_pairs=options.pairs, num_tokens=options.tokens)
+    for name, value in asdict(cost).items():
+        print(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(asdict(cost), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

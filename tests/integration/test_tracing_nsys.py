@@ -1,0 +1,54 @@
+"""The real Nsight Systems around real nodes, on a CPU; and the same run from the event logs alone."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers_checkpoint import checkpoint
+
+from ksana_lab.cluster.local import Cluster
+from ksana_lab.notebook.session import config
+from ksana_lab.tracing import nsys
+from ksana_lab.tracing.explain import explain
+from ksana_lab.tracing.timeline import load
+from ksana_lab.workload.spec import WorkloadSpec
+
+SPEC = {"rate": 6, "num_requests": 5, "prompt_tokens": 120, "output_tokens": 5, "endpoint": "generate", "num_warmup": 1}
+CHANGES = ("setting.batch_scheduler.split_fuse_token_num=48",)
+
+
+def play(folder, **options):
+    with Cluster.from_yaml(
+        config("pd_1p1d_cpu.yaml"), model_dir=checkpoint("qwen3"), trace_dir=folder, overrides=CHANGES, **options
+    ) as cluster:
+        return cluster.play(WorkloadSpec.from_dict(SPEC))
+
+
+@pytest.mark.integration
+def test_a_recorded_run_is_whole_and_adds_up(tmp_path):
+    records = play(tmp_path)
+    run = load(tmp_path, client=records)
+    checks = run.checks()
+    assert checks["is_ok"].all(), checks.to_string()
+    assert len(run.measured) == 5 and run.measured["ttft_s"].notna().all()
+    assert len(explain(run).findings) >= 1
+    assert set(run.computes["layer"]) == set(range(run.layers["layer"].max() + 1))
+    prefills = run.chunks[(run.chunks["kind"] == "prefill") & run.chunks["request_id"].isin(run.measured["request_id"])]
+    assert (prefills.groupby("request_id")["num_tokens"].sum() == 120).all()
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="no nsys on the PATH; .ci/run installs it where apt can")
+def test_nodes_under_nsys_leave_reports_that_agree_with_their_logs(tmp_path):
+    records = play(tmp_path, nsys=True)
+    assert {p.stem for p in tmp_path.glob("*.sqlite")} == {"prefill0", "decode0"}
+    assert {nsys.read(p).anchor for p in tmp_path.glob("*.sqlite")} == {"clock mark"}
+    run = load(tmp_path, client=records)
+    assert run.checks()["is_ok"].all(), run.checks().to_string()
+    ranges = run.device[(run.device["kind"] == "nvtx range") & (run.device["name"] == "step") & (run.device["process"] == "prefill.tp0")]
+    starts = np.sort(ranges["start_s"].to_numpy())
+    logged = np.sort(run.steps[run.steps["role"] == "prefill"]["start_s"].to_numpy())
+    assert len(starts) == len(logged) > 0 and np.abs(starts - logged).max() < 5e-3
+    sends = run.device[(run.device["kind"] == "nvtx span") & (run.device["name"] == "send")]
+    assert len(sends) == len(run.transfers) and sends["bytes"].sum() == run.transfers["bytes"].sum()
+    assert {"queueing", "prefill", "waiting for KV", "decode"} <= set(run.device["name"])
