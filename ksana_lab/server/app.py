@@ -270,7 +270,8 @@ class NodeServer:
     async def _models(self, request: Request) -> HttpResponse:
         ready = self.engine.ready
         model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "ksana_lab", "root": self.config.model.model_dir}
-        return _json({"object": "list", "data": [{**model, "max_model_len": ready.max_model_len if ready else None}]})
+        limits = {"max_model_len": ready.max_model_len if ready else None, "vocab_size": ready.vocab_size if ready else None}
+        return _json({"object": "list", "data": [{**model, **limits}]})
 
     async def _start_profile(self, request: Request) -> HttpResponse:
         return self._profile(True)
