@@ -19,6 +19,7 @@ SMALLER = {
     "03_layerwise_transfer": "NUM_REQUESTS = 8",
     "04_sweep_the_split": _SMALL_SWEEP,
     "05_read_your_results": _SMALL_SWEEP,  # finds what 04 left, or measures it
+    "06_nsight_timeline": "NUM_REQUESTS = 6",
 }
 
 
