@@ -340,7 +340,8 @@ def draw_cdf(axes: Axes, frame: pd.DataFrame, metric: str, by: str) -> None:
         total = max(int(counted.sum()), len(values), 1)
         share = np.arange(1, len(values) + 1) / total
         axes.step(values, share, where="post", color=OKABE_ITO[i % 7], linestyle=_LINES[i % 7], linewidth=1.6, label=str(name))
-    axes.set(xlabel=f"{_words(metric)} (ms)", ylabel="share of requests", ylim=(0, 1.02))
+    what = "gaps" if metric.startswith("itl") else "requests"  # a row of gaps_frame is no request
+    axes.set(xlabel=f"{_words(metric)} (ms)", ylabel=f"share of {what}", ylim=(0, 1.02))
     axes.set_xlim(left=0)
 
 

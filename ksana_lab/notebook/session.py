@@ -14,6 +14,7 @@ import pandas as pd
 
 import ksana_lab
 from ksana_lab.cluster.local import Cluster
+from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.export import gaps_frame, load_records, save_records, summary_row, to_frame, vllm_result
 from ksana_lab.metrics.record import RequestRecord
@@ -29,6 +30,7 @@ from ksana_lab.workload.spec import WorkloadSpec
 __all__ = [
     "SLO",
     "Cluster",
+    "ClusterConfig",
     "RequestRecord",
     "Sweep",
     "WorkloadSpec",

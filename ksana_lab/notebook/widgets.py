@@ -26,6 +26,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ksana_lab.cluster.local import Cluster
+from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.errors import KsanaLabError
 from ksana_lab.notebook import plots
 from ksana_lab.notebook.form import ConfigForm
@@ -60,14 +61,18 @@ class Panel:
 class ClusterPanel(Panel):
     """Start and stop a cluster; its nodes with load and free blocks; what they log.
 
-    Of a file: each start makes a new Cluster, ``panel.cluster``. Of a Cluster: that one, which can be started once. What was started here
-    is stopped by ``stop``, by leaving ``with``, or when this process ends."""
+    Of a file or of a form: each start makes a new Cluster, ``panel.cluster``. Of a Cluster: that one, which can be started once. What was
+    started here is stopped by ``stop``, by leaving ``with``, or when this process ends."""
 
-    def __init__(self, cluster: Cluster | str | Path, **options: Any) -> None:
-        """``options`` as in ``Cluster.from_yaml`` (of a file only)."""
+    def __init__(self, cluster: Cluster | ConfigForm[ClusterConfig] | str | Path, **options: Any) -> None:
+        """``options`` as in ``Cluster.from_yaml`` for a file, as in ``Cluster`` for a form."""
         self.cluster: Cluster | None = cluster if isinstance(cluster, Cluster) else None
-        self._make = None if isinstance(cluster, Cluster) else lambda: Cluster.from_yaml(cluster, **options)
-        self._name = repr(cluster) if isinstance(cluster, Cluster) else str(cluster)
+        self._name = "cluster of a form" if isinstance(cluster, ConfigForm) else str(cluster)
+        self._make: Callable[[], Cluster] | None = None
+        if isinstance(cluster, ConfigForm):
+            self._make = lambda: Cluster(cluster.value, source="the form", **options)
+        elif not isinstance(cluster, Cluster):
+            self._make = lambda: Cluster.from_yaml(cluster, **options)
         self._busy = ""
         self._error = ""
         self._status: dict[str, Any] = {}
@@ -79,7 +84,9 @@ class ClusterPanel(Panel):
         self._stop.on_click(lambda _: _spawn(self.stop()))
         self._state = ipw.HTML()
         self._table = ipw.HTML()
-        self._which = ipw.Dropdown(options=[], description="log of", layout=ipw.Layout(width="22em"))
+        self._which = ipw.Dropdown(
+            options=[], description="log of", style={"description_width": "initial"}, layout=ipw.Layout(width="16em")
+        )
         self._which.observe(lambda _: _spawn(self.refresh()) if self.is_running else None, "value")
         self._log = ipw.HTML()
         self.box = ipw.VBox([ipw.HBox([self._start, self._stop, self._state]), self._table, self._which, self._log])
@@ -205,13 +212,25 @@ class Playground(Panel):
         self.tokens = pd.DataFrame(columns=_ANSWER_COLUMNS)
         self._state = "nothing asked yet"
         self._prompt = ipw.Textarea("The quick brown fox", layout=ipw.Layout(width="42em", height="4em"))
-        self._count = ipw.BoundedIntText(32, min=1, max=100_000, description="tokens", layout=ipw.Layout(width="12em"))
+        self._count = ipw.BoundedIntText(
+            32, min=1, max=100_000, description="tokens", style={"description_width": "initial"}, layout=ipw.Layout(width="9em")
+        )
         self._temperature = ipw.BoundedFloatText(
-            0.0, min=0.0, max=2.0, step=0.1, description="temperature", layout=ipw.Layout(width="14em")
+            0.0,
+            min=0.0,
+            max=2.0,
+            step=0.1,
+            description="temperature",
+            style={"description_width": "initial"},
+            layout=ipw.Layout(width="11em"),
         )
         self._ask = ipw.Button(description="Ask", icon="paper-plane", button_style="primary")
         self._ask.on_click(lambda _: _spawn(self._asked()))
-        self._status, self._text, self._image = ipw.HTML(), ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
+        self._status, self._text, self._image = (
+            ipw.HTML(),
+            ipw.HTML(),
+            ipw.Image(format="png", layout=ipw.Layout(max_width="100%", align_self="flex-start")),
+        )
         self._image.layout.display = "none"
         self.box = ipw.VBox([self._prompt, ipw.HBox([self._count, self._temperature, self._ask, self._status]), self._text, self._image])
 
@@ -298,7 +317,7 @@ class SweepPanel(Panel):
         self._run.on_click(lambda _: _spawn(self._ran()))
         self._stop.on_click(lambda _: self.stop())
         self._state, self._failures = ipw.HTML(), ipw.HTML()
-        self._image = ipw.Image(format="png", layout=ipw.Layout(max_width="100%", display="none"))
+        self._image = ipw.Image(format="png", layout=ipw.Layout(max_width="100%", align_self="flex-start", display="none"))
         self.box = ipw.VBox([ipw.HBox([self._run, self._stop, self._bar, self._state]), self._image, self._failures])
         self._draw()
 
@@ -427,7 +446,11 @@ def _png(figure: Figure) -> bytes:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    return "" if frame.empty else frame.to_html(index=False, border=0)
+    if frame.empty:
+        return ""
+    cells = [[html.escape(str(value)) for value in row] for row in (frame.columns, *frame.itertuples(index=False))]
+    padded = ["".join(f'<td style="padding: 0 1.2em 0 0">{cell}</td>' for cell in row) for row in cells]
+    return f'<table style="line-height: 1.6"><tr style="font-weight: bold">{padded[0]}</tr><tr>{"</tr><tr>".join(padded[1:])}</tr></table>'
 
 
 def _pre(text: str) -> str:
