@@ -29,27 +29,29 @@ class Cost:
     cost_percent: float  # of throughput; median over the pairs
     cost_low_percent: float  # 25th and 75th percentile of the pairs: what the machine's unrest makes of it
     cost_high_percent: float
+    cpu_percent: float  # of the process's CPU time, its writer included; what others do on the machine hardly counts here
     tokens_per_s_off: float
     tokens_per_s_on: float
     events_per_token: float
     event_us: float  # for the thread that records one
-    estimated_percent: float  # events per token times event_us, against the time of a token: free of the machine's unrest
+    event_cpu_us: float  # writing included
+    estimated_percent: float  # events per token times event_cpu_us, against the time of a token: free of the machine's unrest
     dropped: int
     num_pairs: int
 
 
-def event_us(count: int = 20_000) -> float:
-    """What ``instant`` takes of its caller, median of small batches."""
+def event_us(count: int = 50_000) -> tuple[float, float]:
+    """What an event like a step's takes of its caller, and of the process altogether, writing included (CPU time)."""
+    seqs = [[i, 40, 1] for i in range(_NUM_PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(folder, "bench", capacity=1 << 20)
-        times = []
-        for _ in range(count // 100):
-            begin = time.perf_counter()
-            for i in range(100):
-                recorder.instant("event", "step", step=i, num_tokens=8)
-            times.append((time.perf_counter() - begin) * 1e4)
+        recorder = Recorder(folder, "bench", capacity=count)
+        whole, own = time.process_time(), time.thread_time()
+        for i in range(count):
+            recorder.span("step", "step", i, i + 1, step=i, num_tokens=8, num_seqs=8, num_decodes=8, seqs=seqs)
+        own = time.thread_time() - own
         recorder.close()
-    return statistics.median(times)
+        whole = time.process_time() - whole
+    return own / count * 1e6, whole / count * 1e6
 
 
 def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 64) -> Cost:
@@ -61,27 +63,33 @@ def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 64) -> Cos
         for engine in engines.values():
             engine.generate(prompts, sampling)
         seconds: dict[str, list[float]] = {"off": [], "on": []}
+        cpu: dict[str, list[float]] = {"off": [], "on": []}
         for number in range(num_pairs):
             for name in ("off", "on") if number % 2 else ("on", "off"):
-                begin = time.perf_counter()
+                begin, cpu_begin = time.perf_counter(), time.process_time()
                 engines[name].generate(prompts, sampling)
                 seconds[name].append(time.perf_counter() - begin)
+                cpu[name].append(time.process_time() - cpu_begin)
         on.close()
         (log,) = read_logs(folder)
     ratios = sorted(100 * (1 - a / b) for a, b in zip(seconds["off"], seconds["on"], strict=True))
+    cpu_ratios = [100 * (1 - a / b) for a, b in zip(cpu["off"], cpu["on"], strict=True)]
     tokens = _NUM_PROMPTS * num_tokens
     rate_off, rate_on = (tokens / statistics.median(seconds[name]) for name in ("off", "on"))
-    events, own = len(log.events) / (tokens * (num_pairs + 1)), event_us()
+    events = len(log.events) / (tokens * (num_pairs + 1))
+    own, whole = event_us()
     quartiles = statistics.quantiles(ratios, n=4)
     return Cost(
         cost_percent=statistics.median(ratios),
         cost_low_percent=quartiles[0],
         cost_high_percent=quartiles[2],
+        cpu_percent=statistics.median(cpu_ratios),
         tokens_per_s_off=rate_off,
         tokens_per_s_on=rate_on,
         events_per_token=events,
         event_us=own,
-        estimated_percent=100 * events * own * rate_off / 1e6,
+        event_cpu_us=whole,
+        estimated_percent=100 * events * whole * rate_off / 1e6,
         dropped=log.dropped or 0,
         num_pairs=num_pairs,
     )
