@@ -13,9 +13,10 @@ import asyncio
 import html
 import io
 import json
+import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,12 +250,12 @@ class Playground(Panel):
         nodes = _who_answers(cluster)
         self._ask.disabled = True
         rows: list[tuple[int, float, str, str]] = []
-        drawn_s = sent_s = time.monotonic()
+        sent_s, drawn_s = time.monotonic(), 0.0
         try:
             async for at_s, num_tokens, text in _stream(cluster.url, body):
                 token = (rows[-1][0] if rows else 0) + num_tokens
                 rows.append((token, at_s - sent_s, nodes[bool(rows)], text))
-                if time.monotonic() - drawn_s > 0.25 or len(rows) <= 2:  # drawing a figure takes longer than a token
+                if time.monotonic() - drawn_s > 0.1:
                     self._show(rows, "answering …", with_figure=False)
                     drawn_s = time.monotonic()
             self._show(rows, f"{rows[-1][0]} tokens in {rows[-1][1]:.2f} s" if rows else "an empty answer")
@@ -395,26 +396,56 @@ def _who_answers(cluster: Cluster) -> tuple[str, str]:
     return ("prefill node", "decode node") if Role.PREFILL in roles else ("mixed node", "mixed node")
 
 
-async def _stream(url: str, body: dict[str, Any]):
-    """(monotonic time, tokens, text) of every message that carries a token. Raises KsanaLabError."""
-    async with httpx.AsyncClient(timeout=httpx.Timeout(60.0), trust_env=False) as client:
+_Piece = tuple[float, int, str]  # monotonic time, tokens, text
+
+
+async def _stream(url: str, body: dict[str, Any]) -> AsyncIterator[_Piece]:
+    """Every message that carries a token. Read and stamped in a thread: a kernel that draws is late. Raises KsanaLabError."""
+    loop, stop = asyncio.get_running_loop(), threading.Event()
+    queue: asyncio.Queue[_Piece | BaseException | None] = asyncio.Queue()
+
+    def read() -> None:
+        end: BaseException | None = None
         try:
-            headers = {"x-request-id": f"playground-{uuid.uuid4().hex[:8]}"}
-            async with client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
-                if answer.status_code != 200:
-                    raise KsanaLabError(f"{answer.status_code}: {(await answer.aread()).decode('utf-8', 'replace')[:500]}")
-                async for line in answer.aiter_lines():
-                    at_s = time.monotonic()
-                    if not line.startswith("data:") or line.endswith("[DONE]"):
-                        continue
-                    message = json.loads(line[5:])
-                    if "choices" not in message:
-                        raise KsanaLabError(str(message.get("error", message))[:500])
-                    for choice in message["choices"]:
-                        if num_tokens := len(choice.get("token_ids") or []) or bool(choice.get("text")):
-                            yield at_s, int(num_tokens), choice.get("text") or ""
-        except (httpx.HTTPError, ValueError) as error:
-            raise KsanaLabError(f"{url}: {type(error).__name__}: {error}") from None
+            for piece in _messages(url, body):
+                if stop.is_set():
+                    return
+                loop.call_soon_threadsafe(queue.put_nowait, piece)
+        except BaseException as error:  # raised below, where it is awaited
+            end = error
+        loop.call_soon_threadsafe(queue.put_nowait, end)
+
+    threading.Thread(target=read, name="playground", daemon=True).start()
+    try:
+        while (item := await queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+def _messages(url: str, body: dict[str, Any]) -> Iterator[_Piece]:
+    headers = {"x-request-id": f"playground-{uuid.uuid4().hex[:8]}"}
+    try:
+        with (
+            httpx.Client(timeout=httpx.Timeout(60.0), trust_env=False) as client,
+            client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer,
+        ):
+            if answer.status_code != 200:
+                raise KsanaLabError(f"{answer.status_code}: {answer.read().decode('utf-8', 'replace')[:500]}")
+            for line in answer.iter_lines():
+                at_s = time.monotonic()
+                if not line.startswith("data:") or line.endswith("[DONE]"):
+                    continue
+                message = json.loads(line[5:])
+                if "choices" not in message:
+                    raise KsanaLabError(str(message.get("error", message))[:500])
+                for choice in message["choices"]:
+                    if num_tokens := len(choice.get("token_ids") or []) or bool(choice.get("text")):
+                        yield at_s, int(num_tokens), choice.get("text") or ""
+    except (httpx.HTTPError, ValueError) as error:
+        raise KsanaLabError(f"{url}: {type(error).__name__}: {error}") from None
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
