@@ -368,7 +368,8 @@ def _phases(at: dict[tuple[str, str], float], legs: dict[str, str]) -> tuple[lis
             if mark is None:
                 continue
             kept = min(max(mark, now), limit)
-            if is_ttft or mark > limit:  # what the first token does not wait for may well lie before it
+            # What the first token does not wait for may lie before it; the router looks at its clock when its bytes have gone already.
+            if (is_ttft or mark > limit) and (process, event) != ("router", "FIRST_TOKEN"):
                 disorder += abs(mark - kept)
             segments.append((name, now, kept, is_ttft))
             now = kept
