@@ -15,7 +15,7 @@ _ONE_SPLIT = "axes.split={1P1D: {nodes.prefill.count: 1, nodes.decode.count: 1}}
 _SMALL_SWEEP = f"CHANGES = ['{_ONE_SPLIT}', 'axes.rate=[6]', 'duration_s=1.5', 'workload.num_warmup=2']"
 SMALLER = {
     "01_one_node": "RATES, DURATION_S = [4, 12], 2",
-    "02_disaggregate": "NUM_REQUESTS = 12",
+    "02_disaggregate": "NUM_REQUESTS = 8",
     "03_layerwise_transfer": "NUM_REQUESTS = 8",
     "04_sweep_the_split": _SMALL_SWEEP,
     "05_read_your_results": _SMALL_SWEEP,  # finds what 04 left, or measures it
