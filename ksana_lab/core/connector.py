@@ -45,8 +45,6 @@ class TransferMeta:
     """Scheduler -> every worker, with each step (sent even when no token runs, if there is news)."""
 
     sends: tuple[SendStep, ...] = ()
-    receives: tuple[ReceivePlan, ...] = ()  # new this step
-    drops: tuple[TransferKey, ...] = ()  # stop touching these keys' blocks; report them in TransferProgress.dropped when that is certain
 
 
 @dataclass
