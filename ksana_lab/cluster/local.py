@@ -199,6 +199,8 @@ class Cluster:
         )
         child.start()
         self._children[spec.name] = child
+        if self._nsys is not None and isinstance(spec, NodeSpec):
+            self._nsys.wait_open(spec.name)
 
     def _wait_ready(self, started: Sequence[ChildProcess], predecessor: str | None = None) -> None:
         """Until the router routes to all that runs here or elsewhere. ``predecessor``: an incarnation that must be forgotten by then.

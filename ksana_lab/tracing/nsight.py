@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ _INSTALL = (
     f"or name it with {NSYS_VARIABLE}=/path/to/nsys"
 )
 _COMMAND_TIMEOUT_S = 300.0
+_OPEN_TIMEOUT_S = 15.0
+_POLL_S = 0.05  # nsys offers nothing to wait on
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,12 @@ class NsysSessions:
         """What to put before the command of process ``name``."""
         session = self._sessions[name] = f"ksana-lab-{os.getpid()}-{name}".replace(".", "-")
         return [self._nsys.path, "launch", f"--session-new={session}", f"--trace={self._trace}"]
+
+    def wait_open(self, name: str) -> None:
+        """Until nsys knows the session of ``name``, or for some seconds: two that come up at once get into each other's way (2022.4)."""
+        deadline = time.monotonic() + _OPEN_TIMEOUT_S
+        while self._sessions[name] not in _run([self._nsys.path, "sessions", "list"]).stdout and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def start(self) -> None:
         """Begin to collect. Raises ConfigError with nsys' own words."""
