@@ -389,4 +389,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        # On the way out already: whoever asks again must not cut the clean-up short, nor find a traceback of it in the log.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

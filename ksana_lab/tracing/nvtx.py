@@ -4,7 +4,8 @@ A message is an event's name and arguments, ``send request=12.0 bytes=65536``; t
 when it is over (``span``) becomes a mark; what is open while it lasts (``open``/``shut``, ``push``/``pop``) a range. A request's phases
 are start/end ranges, which may begin in one coroutine or thread and end in another; push/pop ranges nest within a thread.
 
-Nothing is annotated while no tool listens. A mark ``clock monotonic_ns=…`` once a second ties a report to the event log."""
+Nothing is annotated while no tool listens. A mark ``clock`` with the monotonic time, at most twenty times a second and with an event only,
+ties a report to the event log."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "ksana_lab"
 INJECTION_VARIABLE = "NVTX_INJECTION64_PATH"  # set by whichever tool collects NVTX in this process
-_CLOCK_INTERVAL_NS = 1_000_000_000
+_CLOCK_INTERVAL_NS = 50_000_000  # short, so that a recording of a few requests holds marks of its own
 _MAX_OPEN = 4096  # phases of requests that never ended
 _PAYLOAD = ("bytes", "num_tokens", "layer", "step", "seq_id")
 _COLOURS = {"request": "green", "step": "blue", "layer": "purple", "transfer": "orange", "clock": "gray"}
