@@ -159,6 +159,7 @@ class _AnswerWriter:
         self._identity = {"id": f"{shape.id_prefix}-{ctx.request_id}", "created": ctx.created, "model": model}
         self._head = b"data: " + orjson.dumps({**self._identity, "object": shape.chunk_object})[:-1] + b',"choices":'
         self._logprobs = [LogprobWriter(tokenizer, s.sampling.logprobs) for s in generation.sequences]
+        self._num_told = [0] * len(generation.sequences)  # tokens, by event; of several that are ready at once the first does not count all
         self.leaves_the_end_to_decode = ctx.is_prefill and ctx.splits_first_token
 
     def event(self, delta: Delta) -> bytes:
@@ -167,6 +168,7 @@ class _AnswerWriter:
             delta.finish_reason = delta.stop_reason = None
         if delta.is_first:
             delta.text = self._prompt_of(sequence).echo + delta.text
+        self._num_told[delta.index] = delta.start + len(delta.token_ids)
         choice = self._shape.delta_choice(delta)
         if delta.logprobs is not None:
             choice["logprobs"] = self._shape.logprobs(self._logprobs[delta.index], sequence, delta.start, delta.logprobs)
@@ -174,19 +176,19 @@ class _AnswerWriter:
             choice["token_ids"] = delta.token_ids
             if delta.is_first and self._shape.prompt_ids_in_choice:
                 choice["prompt_token_ids"] = sequence.prompt_token_ids
-        tail: Json = {"usage": self._usage()} if self._request.has_continuous_usage else {}
+        tail: Json = {"usage": self._usage(sum(self._num_told))} if self._request.has_continuous_usage else {}
         if self._request.return_token_ids and delta.is_first and not self._shape.prompt_ids_in_choice:
             tail["prompt_token_ids"] = sequence.prompt_token_ids
         return self._chunk([choice], tail)
 
     def end(self) -> bytes:
-        usage = self._chunk([], {"usage": self._usage()}) if self._request.include_usage else b""
+        usage = self._chunk([], {"usage": self._usage(self._generation.num_output_tokens)}) if self._request.include_usage else b""
         return usage + DONE
 
     def whole(self) -> bytes:
         body: Json = {**self._identity, "object": self._shape.object}
         body["choices"] = [self._whole_choice(sequence) for sequence in self._generation.sequences]
-        body["usage"] = self._usage()
+        body["usage"] = self._usage(self._generation.num_output_tokens)
         if self._request.return_token_ids and not self._shape.prompt_ids_in_choice:
             body["prompt_token_ids"] = self._prompts[0].token_ids
         return orjson.dumps(body)
@@ -209,8 +211,8 @@ class _AnswerWriter:
     def _prompt_of(self, sequence: SequenceState) -> Prompt:
         return self._prompts[sequence.index // sequence.sampling.n]
 
-    def _usage(self) -> Json:
-        prompt, output = self._generation.num_prompt_tokens, self._generation.num_output_tokens
+    def _usage(self, output: int) -> Json:
+        prompt = self._generation.num_prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
