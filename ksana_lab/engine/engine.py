@@ -24,7 +24,7 @@ from ksana_lab.engine.executor import Executor
 from ksana_lab.engine.model_runner import PendingTokens
 from ksana_lab.engine.wakeup import Wakeup
 from ksana_lab.errors import RequestError, ServiceUnavailable
-from ksana_lab.protocol.engine import AddRequest, EngineReady, EngineStatus, PeerUpdate, SequenceUpdate
+from ksana_lab.protocol.engine import AddRequest, EngineReady, EngineStatus, PeerUpdate, SequenceUpdate, TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.types import FinishReason
 
@@ -113,6 +113,13 @@ class Engine:
 
     def abort(self, request_id: str, reason: str) -> None:
         self.scheduler.abort(request_id, reason, time.monotonic_ns())
+
+    def decline(self, key: TransferKey, reason: str) -> None:
+        """This node does not take its part of ``key``, which it has never queued: the peer is told."""
+        if self._transfer is None:
+            log.warning("asked to decline request %s on a node that has no peers", key)
+        else:
+            self._transfer.decline(key, reason)
 
     def fail_all(self, why: str) -> list[SequenceUpdate]:
         """End every request with an error towards its client."""

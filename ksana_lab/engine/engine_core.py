@@ -22,6 +22,7 @@ from ksana_lab.protocol.channel import EngineChannel
 from ksana_lab.protocol.engine import (
     AbortRequest,
     AddRequest,
+    DeclineRequest,
     EngineFailed,
     GetStatus,
     PeerUpdate,
@@ -127,6 +128,8 @@ class _Loop:
                 self._refused.append(refusal)
         elif isinstance(message, AbortRequest):
             engine.abort(message.request_id, message.reason)
+        elif isinstance(message, DeclineRequest):
+            engine.decline(message.transfer, message.reason)
         elif isinstance(message, PeerUpdate):
             engine.update_peers(message)
         elif isinstance(message, GetStatus):

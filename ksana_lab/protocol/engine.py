@@ -40,6 +40,13 @@ class AbortRequest(msgspec.Struct, tag=True):
     reason: str = "client disconnected"
 
 
+class DeclineRequest(msgspec.Struct, tag=True):
+    """This node does not take its part of a pair's request, and never will: its peer is told. Nothing runs, nobody is answered."""
+
+    transfer: TransferKey
+    reason: str
+
+
 class PeerUpdate(msgspec.Struct, tag=True):
     """What the router's last heartbeat answer said of one pair this node belongs to. The whole set is sent every time it changes."""
 
@@ -67,7 +74,7 @@ class Shutdown(msgspec.Struct, tag=True):
     pass
 
 
-ToEngine = AddRequest | AbortRequest | PeerUpdate | GetStatus | Profile | Shutdown
+ToEngine = AddRequest | AbortRequest | DeclineRequest | PeerUpdate | GetStatus | Profile | Shutdown
 
 
 # ---- engine -> API ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ksana_lab.errors import EngineDead, QueueFull, RequestError, RequestTimeout, ServiceUnavailable
@@ -17,6 +17,7 @@ from ksana_lab.protocol.channel import ServerChannel
 from ksana_lab.protocol.engine import (
     AbortRequest,
     AddRequest,
+    DeclineRequest,
     EngineFailed,
     EngineReady,
     EngineStatus,
@@ -28,6 +29,7 @@ from ksana_lab.protocol.engine import (
     Shutdown,
     StepUpdates,
     ToEngine,
+    TransferKey,
 )
 
 log = logging.getLogger(__name__)
@@ -225,12 +227,10 @@ class EngineClient:
         stream.close(reason)
         self._streams.discard(stream)
 
-    def decline(self, requests: Sequence[AddRequest], reason: str) -> None:
-        """Have the engine tell the peers of ``requests`` that they will not run: it takes and ends them before its next step."""
-        for request in requests:
-            self._send_or_note(request)
-            self._note_dying(request.request_id)
-            self._send_or_note(AbortRequest(request.request_id, reason))
+    def decline(self, transfers: Iterable[TransferKey], reason: str) -> None:
+        """Have the engine tell the peers of ``transfers`` that their part here will not run."""
+        for transfer in transfers:
+            self._send_or_note(DeclineRequest(transfer, reason))
 
     def fail_requests(self, error: RequestError) -> None:
         """Every request in flight ends with ``error``."""

@@ -265,14 +265,8 @@ class GenerationService:
         What is wrong with the request itself the other node sees too."""
         if ctx.leg is Leg.WHOLE or type(error) is InvalidRequest:
             return
-        base, sampling = self.engine.free_id(ctx.request_id), SamplingParams(max_tokens=1)
-        self.engine.decline(
-            [
-                AddRequest(f"{base}:{i}", [0], sampling, ctx.arrival_ns, (), ctx.transfer_key(i))
-                for i in range(max(1, min(num_sequences, MAX_SEQUENCES)))
-            ],
-            str(error),
-        )
+        keys = (ctx.transfer_key(i) for i in range(max(1, min(num_sequences, MAX_SEQUENCES))))
+        self.engine.decline([key for key in keys if key is not None], str(error))
 
     def _begin(self, ctx: RequestContext, prompts: Sequence[list[int]], make_sampling: MakeSampling, options: TextOptions) -> Generation:
         ready = self.engine.check_admission()

@@ -97,7 +97,7 @@ class PrefillLedger:
         if (reason := self._exhume(key)) is not None:
             self._doom(entry, reason, now_ns)
         elif entry.session:
-            self._compare(entry, now_ns)
+            self._is_same_length(entry, now_ns)
         else:
             self._say_begun(key)
 
@@ -174,11 +174,12 @@ class PrefillLedger:
         if entry is None:
             entry = self.entries[key] = PrefillEntry(key, now_ns)
         entry.session, entry.window, entry.num_tokens_announced = message.session, message.window, message.num_tokens
+        if not self._is_same_length(entry, now_ns):
+            return
         self._effects.to_ranks(
             wire.Target(key, message.session, message.window, message.blocks, message.num_tokens, message.num_cached_tokens)
         )
         self._send_first_token(entry)
-        self._compare(entry, now_ns)
 
     def on_cancel(self, message: wire.Cancel, now_ns: int) -> None:
         key, entry = message.key, self.entries.get(message.key)
@@ -230,12 +231,14 @@ class PrefillLedger:
         if session := self._session_of(key.comm_key):
             self._effects.to_peer(session, wire.Begun(session, key))
 
-    def _compare(self, entry: PrefillEntry, now_ns: int) -> None:
-        """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete."""
+    def _is_same_length(self, entry: PrefillEntry, now_ns: int) -> bool:
+        """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete: ``entry`` is doomed."""
         if entry.session and entry.seq_id is not None and entry.num_tokens != entry.num_tokens_announced:
             lengths = f"{entry.num_tokens} tokens on the prefill node and {entry.num_tokens_announced} on the decode node"
             why = f"the prompt of request {entry.key} has {lengths}; do both use the same tokenizer and chat template?"
             self._doom(entry, why, now_ns)
+            return False
+        return True
 
     def _send_first_token(self, entry: PrefillEntry) -> None:
         if entry.first is not None and entry.session:

@@ -81,10 +81,14 @@ def copies(
     """The runs that carry tokens [start_token, end_token) of ``layers`` from one rank's cache to another's.
 
     ``slices``: of one (source, destination) pair. The block tables are the sequence's: token t lies in block_table[t // block_size].
-    Returns int64 [n, 3]; every byte asked for is written exactly once, neighbours that are contiguous on both sides are one run."""
+    Returns int64 [n, 3]; every byte asked for is written exactly once, neighbours that are contiguous on both sides are one run.
+    Raises LayoutMismatch for a table that is too short for the tokens, and for what lies outside of a cache."""
     if start_token >= end_token or not slices or not len(layers):
         return np.empty((0, 3), np.int64)
     size = src.block_size
+    if min(len(src_blocks), len(dst_blocks)) * size < end_token:
+        tables = f"{len(src_blocks)} blocks on the prefill node and {len(dst_blocks)} on the decode node"
+        raise LayoutMismatch(f"{end_token} tokens do not fit into {tables}, of {size} tokens each")
     first_whole, end_whole = -(-start_token // size), end_token // size
     parts = []
     if start_token % size:

@@ -181,6 +181,12 @@ class KVSchedulerConnector:
         """What the router's heartbeat answer names now."""
         self._coordinator.update(update)
 
+    def decline(self, key: TransferKey, reason: str) -> None:
+        """A request that never became a sequence here; its peer need not wait for it. A key that is in use is left alone."""
+        if key not in self._by_key:
+            self._begun.pop(key, None)
+            self._tell_peer(key, None, f"declined request {key}: {reason}")
+
     def connected(self) -> list[str]:
         """comm keys of the pairs whose every rank is connected."""
         return self._coordinator.connected
@@ -221,14 +227,14 @@ class KVSchedulerConnector:
         return SendStep(local.key, self._blocks(seq, end), start, end, is_last, local.serial, local.attempt)
 
     def _give_up(self, key: TransferKey, serial: int | None, seq: Sequence) -> None:
-        how = seq.finish_reason.value if seq.finish_reason is not None else "ended"
+        self._tell_peer(key, serial, f"gave request {key} up ({seq.finish_reason.value if seq.finish_reason is not None else 'ended'})")
+
+    def _tell_peer(self, key: TransferKey, serial: int | None, what: str) -> None:
         prefill, decode = self._coordinator.prefill, self._coordinator.decode
         if prefill is not None:
-            reason = f"the prefill node gave request {key} up ({how})"
-            self._coordinator.post(lambda now_ns: prefill.on_abort(key, serial, reason, now_ns))
+            self._coordinator.post(lambda now_ns: prefill.on_abort(key, serial, f"the prefill node {what}", now_ns))
         elif decode is not None:
-            reason = f"the decode node gave request {key} up ({how})"
-            self._coordinator.post(lambda now_ns: decode.on_abort(key, reason))
+            self._coordinator.post(lambda now_ns: decode.on_abort(key, f"the decode node {what}"))
 
 
 def make_scheduler_connector(

@@ -519,8 +519,7 @@ class Sender:
                 part = runs if len(runs) <= batch else runs[first : first + batch]
                 flight.tickets.append(link.link.write(part, out.target.window, after, shift))
             flight.post_s = time.perf_counter() - begin
-        except (TransferError, ValueError) as error:
-            # ValueError: the blocks of the two sides do not match; it fails this request, not the rank.
+        except TransferError as error:
             log.warning("sending KV of %s to %s failed: %s", out.key, link.peer.name, error)
             with self._lock:
                 self._set_written(flight)

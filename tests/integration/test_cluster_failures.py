@@ -268,8 +268,6 @@ async def test_hundreds_of_requests_many_of_them_abandoned_on_nodes_with_little_
         if reply.status == 429:
             assert reply.headers["Retry-After"] == "1"
             return "queue full"
-        if "zip() argument" in reply.error:  # known and not explained yet: block lists of the two sides differ under many cancels
-            return "mismatch"
         assert reply.is_complete or "no first token within 4 s" in reply.error, reply
         return "complete" if reply.is_complete else "too late"
 
@@ -283,7 +281,6 @@ async def test_hundreds_of_requests_many_of_them_abandoned_on_nodes_with_little_
     async with Client(cluster) as client:
         await asyncio.gather(*(visitor(client) for _ in range(16)))
     assert outcomes["complete"] > 100 and outcomes["cut"] > 10 and outcomes["queue full"], outcomes
-    assert outcomes["mismatch"] <= 2, outcomes
     await nothing_left(cluster)
     counters = await gauges(cluster.plan.nodes[0].url)
     assert counters["transfer_bad_messages"] == 0

@@ -120,6 +120,27 @@ def test_prompts_of_different_length_fail_at_once():
         assert_clean(p, d)
 
 
+@pytest.mark.parametrize("decliner", [Role.PREFILL, Role.DECODE])
+def test_a_part_that_is_declined_fails_the_other_with_the_reason(decliner):
+    with make_pair() as (p, d):
+        here, there = (p, d) if decliner is Role.PREFILL else (d, p)
+        waiting = there.sequence(1, 9)
+        there.connector.on_allocated(waiting)
+        here.connector.decline(waiting.transfer, "6 sequences are waiting")
+        there.wait(lambda news: waiting.seq_id in news.failed, "failure")
+        assert f"the {decliner.value} node declined request 1.0: 6 sequences are waiting" in there.news.failed[waiting.seq_id]
+        assert_clean(p, d)
+
+
+def test_declining_a_request_that_runs_here_changes_nothing():
+    with make_pair() as (p, d):
+        on_d, on_p = d.sequence(1, 9), p.sequence(1, 9)
+        d.connector.on_allocated(on_d)
+        d.connector.decline(on_d.transfer, "no reason")
+        p.prefill(on_p, random_kv(9))
+        d.wait(lambda news: on_d.seq_id in news.received, "received")
+
+
 # ---- cancel -----------------------------------------------------------------------------------------------------------
 
 

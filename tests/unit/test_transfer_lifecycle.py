@@ -64,6 +64,12 @@ def drop_all(ledger: PrefillLedger, serial=SERIAL, window=WINDOW) -> None:
 # ---- P ----------------------------------------------------------------------------------------------------------------
 
 
+def test_p_never_sends_to_blocks_of_a_prompt_of_another_length(p):
+    p.on_local(KEY, SEQ, SERIAL, 8, 0)
+    p.on_announce(announce(num_tokens=1), 0)
+    assert p.said.take() == ["peer:Failed", "ranks:Drop", "news:doomed"]
+
+
 @pytest.mark.parametrize("announced_first", [True, False])
 def test_p_is_done_when_all_ranks_have_sent_and_the_scheduler_is_done(p, announced_first):
     steps = [lambda: p.on_announce(announce(), 0), lambda: p.on_local(KEY, SEQ, SERIAL, 8, 0)]

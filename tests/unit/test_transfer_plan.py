@@ -132,3 +132,10 @@ def test_differing_shapes_are_refused_with_both_values():
 def test_heads_that_cannot_be_shared_are_refused():
     with pytest.raises(LayoutMismatch, match="3 KV heads"):
         heads_of(0, 2, 3)
+
+
+@pytest.mark.parametrize("tables", [([0, 1], [0]), ([0], [0, 1])])
+def test_a_table_too_short_for_the_tokens_is_refused_with_both_lengths(tables):
+    layout = rank_layout(shape())
+    with pytest.raises(LayoutMismatch, match="8 tokens do not fit into . blocks on the prefill node and . on the decode node"):
+        copies(layout, layout, head_slices(1, 1, 2), *tables, 0, 8, range(3))
