@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,6 @@ class Piece:
         share = slice(self.start, self.start + self.dest.shape[self.dim])
         return tuple(share if d == self.dim else slice(None) for d in range(len(self.full_shape)))
 
-    @property
-    def is_whole(self) -> bool:
-        return tuple(self.dest.shape) == self.full_shape
+    def fill(self, read: Callable[[tuple[slice, ...]], Tensor]) -> None:
+        """``read`` gives any part of the checkpoint's tensor."""
+        self.dest.copy_(read(self.index))

@@ -15,7 +15,7 @@ from ksana_lab.attention.base import ForwardContext
 from ksana_lab.layers.activation import SiluAndMul
 from ksana_lab.layers.attention import PagedAttention
 from ksana_lab.layers.embedding import VocabEmbedding, VocabHead
-from ksana_lab.layers.linear import GateUpLinear, QKVLinear, RowLinear
+from ksana_lab.layers.linear_fp8 import LINEARS, Linears
 from ksana_lab.layers.norm import RMSNorm
 from ksana_lab.layers.piece import Piece
 from ksana_lab.layers.rotary import RotaryTable, llama3_frequencies, rotary_frequencies
@@ -24,14 +24,14 @@ from ksana_lab.models.config import ModelConfig
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linears: Linears, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         local_heads, local_kv_heads = config.num_local_heads(tp.size), config.num_local_kv_heads(tp.size)
         qk_norm_eps = config.rms_norm_eps if config.has_qk_norm else None
-        self.qkv = QKVLinear(hidden, heads, config.num_kv_heads, head_dim, config.has_qkv_bias, tp, dtype, device)
+        self.qkv = linears.qkv(hidden, heads, config.num_kv_heads, head_dim, config.has_qkv_bias, tp, dtype, device)
         self.core = PagedAttention(layer, local_heads, local_kv_heads, head_dim, qk_norm_eps, dtype, device)
-        self.output = RowLinear(heads * head_dim, hidden, config.has_output_bias, tp, dtype, device)
+        self.output = linears.row(heads * head_dim, hidden, config.has_output_bias, tp, dtype, device)
 
     def forward(self, x: Tensor, cos_sin: Tensor, ctx: ForwardContext) -> Tensor:
         return self.output(self.core(self.qkv(x), cos_sin, ctx))
@@ -43,11 +43,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, linears: Linears, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.gate_up = GateUpLinear(config.hidden_size, config.intermediate_size, tp, dtype, device)
+        self.gate_up = linears.gate_up(config.hidden_size, config.intermediate_size, tp, dtype, device)
         self.activation = SiluAndMul()
-        self.down = RowLinear(config.intermediate_size, config.hidden_size, False, tp, dtype, device)
+        self.down = linears.row(config.intermediate_size, config.hidden_size, False, tp, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x)))
@@ -58,12 +58,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linears: Linears, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.attention = Attention(config, layer, tp, dtype, device)
+        self.attention = Attention(config, layer, linears, tp, dtype, device)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.mlp = MLP(config, tp, dtype, device)
+        self.mlp = MLP(config, linears, tp, dtype, device)
 
     def forward(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """The layer's output is ``x + residual``, left unsummed: the next norm adds them."""
@@ -82,14 +82,15 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """One rank's share of a model. Weights are uninitialised until ``models/weights.py`` fills ``pieces()``."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, tp: TPGroup) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, tp: TPGroup, quant_method: str = "auto") -> None:
+        """``quant_method``: a key of ``LINEARS``; how the weights of the layers' products are kept."""
         super().__init__()
         config.check_tensor_parallel(tp.size)
         self.config = config
         self.tp = tp
         self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, tp, dtype, device)
         self.rotary = RotaryTable(_frequencies(config), config.max_position_embeddings, device)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, tp, dtype, device) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, LINEARS[quant_method], tp, dtype, device) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         tied_to = self.embedding.weight if config.tie_word_embeddings else None
         self.head = VocabHead(config.vocab_size, config.hidden_size, tp, dtype, device, tied_to)

@@ -56,7 +56,12 @@ def _fill(piece: Piece, file: Any, path: Path) -> None:
     shape = tuple(view.get_shape())
     if shape != piece.full_shape:
         raise CheckpointError(f"{path}: {piece.name} has shape {list(shape)}, config.json implies {list(piece.full_shape)}")
-    piece.dest.copy_(file.get_tensor(piece.name) if piece.is_whole else view[piece.index])
+    # A slice of everything would be a copy of what can be mapped.
+    piece.fill(lambda index: file.get_tensor(piece.name) if _is_all(index, shape) else view[index])
+
+
+def _is_all(index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    return all(part.indices(size) == (0, size, 1) for part, size in zip(index, shape, strict=True))
 
 
 def _listing(names: Iterable[str]) -> str:
