@@ -83,8 +83,24 @@ def copies(
     ``slices``: of one (source, destination) pair. The block tables are the sequence's: token t lies in block_table[t // block_size].
     Returns int64 [n, 3]; every byte asked for is written exactly once, neighbours that are contiguous on both sides are one run.
     Raises LayoutMismatch for a table that is too short for the tokens, and for what lies outside of a cache."""
+    parts = [runs for _, _, runs in cells(src, dst, slices, src_blocks, dst_blocks, start_token, end_token, layers)]
+    return _coalesce(np.concatenate(parts)) if parts else np.empty((0, 3), np.int64)
+
+
+def cells(
+    src: KVLayout,
+    dst: KVLayout,
+    slices: Sequence[HeadSlice],
+    src_blocks: Sequence[int],
+    dst_blocks: Sequence[int],
+    start_token: int,
+    end_token: int,
+    layers: range,
+) -> list[tuple[int, int, Copies]]:
+    """As ``copies``, but no run reaches beyond its cell: (first, last, runs), tokens [first, last) within each block that the runs are
+    of. At most three: the rest of a block, whole blocks, the beginning of a block."""
     if start_token >= end_token or not slices or not len(layers):
-        return np.empty((0, 3), np.int64)
+        return []
     size = src.block_size
     if min(len(src_blocks), len(dst_blocks)) * size < end_token:
         tables = f"{len(src_blocks)} blocks on the prefill node and {len(dst_blocks)} on the decode node"
@@ -94,16 +110,17 @@ def copies(
     if start_token % size:
         block = start_token // size
         upto = min(size, end_token - block * size)
-        parts.append(
-            _runs(src, dst, slices, src_blocks[block : block + 1], dst_blocks[block : block + 1], start_token % size, upto, layers)
-        )
+        pairs = [(src_blocks[block], dst_blocks[block])]
+        parts.append((start_token % size, upto, pairs))
     if first_whole < end_whole:
         # In the order of memory, so that tables which run backwards on both sides coalesce, too.
-        pairs = sorted(zip(src_blocks[first_whole:end_whole], dst_blocks[first_whole:end_whole], strict=True))
-        parts.append(_runs(src, dst, slices, [p[0] for p in pairs], [p[1] for p in pairs], 0, size, layers))
+        parts.append((0, size, sorted(zip(src_blocks[first_whole:end_whole], dst_blocks[first_whole:end_whole], strict=True))))
     if end_token % size and end_whole >= first_whole:
-        parts.append(_runs(src, dst, slices, [src_blocks[end_whole]], [dst_blocks[end_whole]], 0, end_token % size, layers))
-    return _coalesce(np.concatenate(parts))
+        parts.append((0, end_token % size, [(src_blocks[end_whole], dst_blocks[end_whole])]))
+    return [
+        (first, last, _runs(src, dst, slices, [pair[0] for pair in pairs], [pair[1] for pair in pairs], first, last, layers))
+        for first, last, pairs in parts
+    ]
 
 
 def _runs(
@@ -117,12 +134,12 @@ def _runs(
     layers: range,
 ) -> Copies:
     """Tokens [first, last) within each of the given blocks, in the order of the source's memory as far as the block tables allow."""
-    cells = [_cell_offsets(layout, blocks, layers, src.order) for layout, blocks in ((src, src_blocks), (dst, dst_blocks))]
+    offsets = [_cell_offsets(layout, blocks, layers, src.order) for layout, blocks in ((src, src_blocks), (dst, dst_blocks))]
     within = np.concatenate([_within_cell(src, dst, s, first, last) for s in slices])
     within = within[np.argsort(within[:, 0], kind="stable")]
-    runs = np.empty((len(cells[0]), len(within), 3), np.int64)
-    runs[:, :, 0] = cells[0][:, None] + within[:, 0]
-    runs[:, :, 1] = cells[1][:, None] + within[:, 1]
+    runs = np.empty((len(offsets[0]), len(within), 3), np.int64)
+    runs[:, :, 0] = offsets[0][:, None] + within[:, 0]
+    runs[:, :, 1] = offsets[1][:, None] + within[:, 1]
     runs[:, :, 2] = within[:, 2]
     return runs.reshape(-1, 3)
 
