@@ -186,15 +186,8 @@ KEYS: dict[str, Key] = {
         str, "", "auto", instead="the fastest attention that runs on the device is chosen"
     ),
     "setting.quantization_config.gptq_backend": _not_implemented(str, "", "cutlass", instead="GPTQ and AWQ checkpoints are not read"),
-    "setting.quantization_config.kv_cache.dtype": Key(
-        str,
-        convert=_one_of("auto", "fp8_e4m3", "fp8_e5m2"),
-        off=("auto",),
-        instead="the KV cache has the model's dtype",
-    ),
-    "setting.quantization_config.weight.quant_method": Key(
-        str, convert=_one_of("auto", "fp8_e4m3"), off=("auto",), instead="weights keep the dtype of the checkpoint or of ksana_lab.dtype"
-    ),
+    "setting.quantization_config.kv_cache.dtype": Key(str, convert=_one_of("auto", "fp8_e4m3", "fp8_e5m2")),  # see _kv_dtype
+    "setting.quantization_config.weight.quant_method": _to("model.quant_method", str, _one_of("auto", "fp8_e4m3")),
     "setting.endpoint_type": _not_implemented(str, "", "python", instead="the node serves HTTP"),
     "setting.tokenization.add_special_tokens": _to("tokenizer.add_special_tokens", bool),
     "setting.tokenization.skip_special_tokens": _to("tokenizer.skip_special_tokens", bool),
@@ -303,6 +296,7 @@ def translate(tree: Mapping[str, Any], source: str, *, num_gpus: int | None = No
         elif key.instead and value not in key.off:
             warnings.append(_warning(name, given[name], key.instead, source))
     fields.update(_preemption(given, source, warnings))
+    fields.update(_kv_dtype(given, source, warnings))
     gpus = visible_gpus() if num_gpus is None and fields.get("runtime.device") != "cpu" else num_gpus or 0
     fields.update(_settled_devices(fields, gpus))
     fields.update(_settled_backend(fields, gpus, given, source, warnings))
@@ -397,6 +391,16 @@ def _preemption(given: Mapping[str, Any], source: str, warnings: list[str]) -> d
     if mode == 0 and given.get("setting.block_manager.block_host_memory_factor", 2.0) > 0:
         warnings.append(_warning(name, mode, _NO_SWAP, source))
     return {"scheduler.preemption_mode": "recompute"}
+
+
+def _kv_dtype(given: Mapping[str, Any], source: str, warnings: list[str]) -> dict[str, Any]:
+    """Of the reference's two FP8 formats there is the one that keeps more digits."""
+    name = "setting.quantization_config.kv_cache.dtype"
+    dtype = given.get(name, "auto")
+    if dtype == "fp8_e5m2":
+        warnings.append(_warning(name, dtype, "the KV cache has the model's dtype; fp8_e4m3 is implemented", source))
+        dtype = "auto"
+    return {"cache.dtype": dtype}
 
 
 def _settled_devices(fields: Mapping[str, Any], num_gpus: int) -> dict[str, Any]:

@@ -101,7 +101,10 @@ class Worker:
         self.tp = TPGroup.connect(rank, config.parallel.tensor_parallel_size, init_method, backend=backend)
         self.connector: WorkerConnector | None = None
         try:
-            model = load_model(self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp)
+            model = load_model(
+                self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp,
+                quant_method=config.model.quant_method,
+            )  # fmt: skip
             self.runner = ModelRunner(
                 model,
                 max_num_seqs=config.scheduler.max_num_seqs,
@@ -213,5 +216,3 @@ def _refuse_unsupported(config: EngineConfig) -> None:
     """What was asked for and cannot be done must not pass in silence."""
     if config.cache.dtype != "auto":
         raise ConfigError(f"kv_cache.dtype {config.cache.dtype} is not supported; leave it auto")
-    if config.model.quant_method != "auto":
-        raise ConfigError(f"weight.quant_method {config.model.quant_method} is not supported; leave it auto")
