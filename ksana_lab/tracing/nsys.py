@@ -50,6 +50,8 @@ def read_folder(folders: Sequence[Path], logs: Sequence[ProcessLog], alignment: 
         except sqlite3.DatabaseError as error:
             log.warning("%s is no report of Nsight Systems: %s", path, error)
             continue
+        if lack := lacking(report):
+            log.warning("%s %s", path, lack)
         frames.append(rows(report, logs, alignment, path.stem))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
@@ -71,6 +73,21 @@ def read(path: str | Path) -> Report:
 
 
 _SESSION = "TARGET_INFO_SESSION_START_TIME"
+
+
+def lacking(report: Report, *, has_gpu: bool = False) -> str | None:
+    """What a report of a node ought to hold and does not, with the cause to look for; None when it is whole. ``has_gpu``: kernels, too."""
+    if not len(report.nvtx):
+        return (
+            "holds no ranges of ksana_lab: either nothing was asked of the node between start and stop, or this nsys does not see what "
+            "this nvtx annotates; `python -m ksana_lab.launch doctor --nsys` tries the two and says what to install"
+        )
+    if has_gpu and not len(report.kernels):
+        return (
+            "holds ranges and no GPU kernels: nsys needs `cuda` among what it traces, and a CUPTI that knows this driver; "
+            "take an nsys as new as the driver (Nsight Systems 2025.3.1 was seen to work with an H200)"
+        )
+    return None
 
 
 def rows(report: Report, logs: Sequence[ProcessLog], alignment: Alignment | None, source: str) -> pd.DataFrame:
@@ -157,7 +174,7 @@ def _strings(db: sqlite3.Connection, tables: set[str]) -> dict[int, str]:
 
 
 def _nvtx(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:
-    """Of our domain in every process."""
+    """Of our domain in every process. A report that began after the domain was created may not tell its name: its clock marks do."""
     columns = ["start", "end", "eventType", "text", "textId", "domainId", "globalTid", "int64Value", "uint64Value"]
     frame = _select(db, tables, "NVTX_EVENTS", columns)
     strings = _strings(db, tables)
@@ -166,15 +183,15 @@ def _nvtx(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:
         text if text is not None else strings.get(_int(number) or -1, "")
         for text, number in zip(frame["text"], frame["textId"], strict=True)
     ]
-    created = {
+    ours = {
         (pid, domain)
         for pid, domain, kind, text in zip(pids, frame["domainId"], frame["eventType"], texts, strict=True)
-        if kind == _DOMAIN_CREATED and text == DOMAIN
+        if (kind == _DOMAIN_CREATED and text == DOMAIN) or (kind == _MARK and text.startswith("clock role="))
     }
     kinds = {_PUSH_POP: "range", _START_END: "span", _MARK: "mark"}
     rows_ = []
     for row, pid, text in zip(frame.itertuples(index=False), pids, texts, strict=True):
-        if row.eventType in kinds and (pid, row.domainId) in created:
+        if row.eventType in kinds and (pid, row.domainId) in ours:
             name, args = parse(text)
             payload = row.int64Value if row.int64Value is not None and row.int64Value == row.int64Value else row.uint64Value
             end = row.end if row.end is not None and row.end == row.end else row.start

@@ -1,11 +1,15 @@
 """The recorder: off by default, bounded, counted, never waiting."""
 
+import importlib.metadata
+import sys
 import threading
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from ksana_lab.tracing.events import read_logs
-from ksana_lab.tracing.nvtx import NvtxRecorder, annotate
+from ksana_lab.tracing.nvtx import NvtxRecorder, annotate, domain_for
 from ksana_lab.tracing.recorder import NullRecorder, Recorder, open_recorder
 
 
@@ -91,6 +95,68 @@ def test_a_report_can_be_tied_to_the_log(tmp_path):
     nvtx = FakeNvtx()
     NvtxRecorder(NullRecorder(), "router", nvtx).close()
     assert nvtx.marks == ["clock role=router"]
+
+
+def test_every_step_and_phase_has_a_clock_mark_beside_it():
+    nvtx = FakeNvtx()
+    recorder = NvtxRecorder(NullRecorder(), "x", nvtx)
+    nvtx.marks.clear()
+    recorder.push("step", "step", step=1)
+    recorder.pop()
+    recorder.instant("QUEUED", "request", request_id="a", seq_id=3)
+    assert nvtx.marks == ["clock role=x", "clock role=x", "QUEUED request_id=a seq_id=3"]
+
+
+class DummyDomain:
+    """What nvtx gives out when a tool does not say that it wants the domain."""
+
+
+class Lib:
+    """Stands in for ``nvtx._lib.lib``: what went through to the tool is in ``seen``."""
+
+    seen: ClassVar[list] = []
+
+    class DomainHandle:
+        def __init__(self, name):
+            self.name = name
+
+    class Domain:
+        def __new__(cls, name):
+            return DummyDomain()
+
+        def __init__(self, name):
+            self.name = self.handle.name
+
+        def get_event_attributes(self, *attributes):
+            return attributes
+
+        def mark(self, attributes):
+            Lib.seen.append((self.name, *attributes))
+
+
+def nvtx_that_asks(monkeypatch, lib):
+    Lib.seen.clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.2.99")
+    monkeypatch.setitem(sys.modules, "nvtx._lib.lib", lib)
+    return SimpleNamespace(get_domain=lambda name: DummyDomain())
+
+
+def test_a_tool_that_cannot_answer_gets_the_events_all_the_same(monkeypatch):
+    domain = domain_for(nvtx_that_asks(monkeypatch, Lib))
+    domain.mark(message="clock role=x", color="gray", domain="ksana_lab", category="clock", payload=7)
+    assert Lib.seen == [("ksana_lab", "clock role=x", "gray", "clock", 7)]
+
+
+def test_an_nvtx_that_cannot_be_made_to_is_said_to_leave_nothing(monkeypatch, caplog):
+    module = nvtx_that_asks(monkeypatch, SimpleNamespace())
+    with caplog.at_level("WARNING", "ksana_lab"):
+        assert domain_for(module) is module
+    assert "nvtx==0.2.11" in caplog.text and "0.2.99" in caplog.text
+
+
+def test_an_nvtx_that_does_not_ask_is_used_as_it_is():
+    module = FakeNvtx()
+    assert domain_for(module) is module
 
 
 def test_spans_reach_the_log_too(tmp_path):
