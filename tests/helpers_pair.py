@@ -102,7 +102,7 @@ def _config(role: str, tp_size: int, address: NodeAddr, model_dir: str, sections
     connector = {"role": role, "coordinator_addr": address, "router_addr": NodeAddr("127.0.0.1", 1), "inference_addr": address}
     return EngineConfig.model_validate(
         {
-            "model": {"model_dir": model_dir},
+            "model": {"model_dir": model_dir} | sections.get("model", {}),
             "parallel": {"tensor_parallel_size": tp_size},
             "cache": {"block_size": 8, "num_blocks": 160} | sections.get("cache", {}),
             "scheduler": {"waiting_timeout_s": 30.0} | sections.get("scheduler", {}),
