@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -31,6 +32,7 @@ Headers = list[tuple[bytes, bytes]]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
+DELIVER_S = 5.0  # for a request to reach its node, after its client or the other node has given up
 TELL_S = 5.0  # for a client to take the error event of a broken stream
 FAILED_NODE_HEADER = "x-ksana-lab-failed-node"  # on an error that a node gave: which one, "<role> <inference_addr>"
 _HOP_BY_HOP = {
@@ -153,11 +155,12 @@ class _State(Enum):
 class Leg:
     """One of the two upstream requests."""
 
-    __slots__ = ("node", "response", "since_s", "state", "url")
+    __slots__ = ("node", "response", "sent", "since_s", "state", "url")
 
     def __init__(self, node: Node, url: URL) -> None:
         self.node, self.url = node, url
         self.response: aiohttp.ClientResponse | None = None
+        self.sent = asyncio.Event()  # the node will read the request, or never
         self.state = _State.CONNECTING
         self.since_s = time.monotonic()  # last sign of progress
 
@@ -194,19 +197,21 @@ class Exchange:
         self.client.on_gone = self._client_gone
         if self.client.is_gone:
             self._client_gone()
-        tasks = [self._start(self._decode, self._run_decode, on_side_over)]
+        tasks = {self._decode: self._start(self._decode, self._run_decode, on_side_over)}
         if self._prefill is not None:
-            tasks.append(self._start(self._prefill, self._run_prefill, on_side_over))
+            tasks[self._prefill] = self._start(self._prefill, self._run_prefill, on_side_over)
         else:
             self._prefill_head.set_result(None)
             self._prefill_end.set_result(None)
         try:
             failure = await self._over
+            if failure is not None:
+                await self._deliver(tasks)
         finally:
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
         if failure is not None:
-            await asyncio.wait(tasks)  # nothing of theirs may follow the error
+            await asyncio.wait(tasks.values())  # nothing of theirs may follow the error
         return failure
 
     def fail(self, failure: Failure) -> None:
@@ -291,6 +296,7 @@ class Exchange:
     def _start(self, leg: Leg, run: Callable[[Leg], Awaitable[None]], on_over: Callable[[Node], None]) -> asyncio.Task[None]:
         def over(_: object) -> None:  # also of a task that was cancelled before it began
             leg.state = _State.OVER
+            leg.sent.set()
             if leg.response is not None:
                 leg.response.close()  # does nothing to a connection that went back to the pool after a whole reply
             on_over(leg.node)
@@ -334,7 +340,9 @@ class Exchange:
     async def _open(self, leg: Leg) -> aiohttp.ClientResponse:
         """Send the request, wait for the status line. An error status becomes a Failure that carries the node's answer."""
         leg.wait()
-        response = await self._session.request("POST", leg.url, data=self._body, headers=self._headers, allow_redirects=False)
+        response = await self._session.request(
+            "POST", leg.url, data=self._body, headers=self._headers, allow_redirects=False, trace_request_ctx=leg
+        )
         leg.response = response
         leg.wait()
         if response.status >= 300:
@@ -345,6 +353,17 @@ class Exchange:
                 failure.outcome = "rejected"  # the request's fault, or there are too many
             raise failure
         return response
+
+    async def _deliver(self, tasks: Mapping[Leg, asyncio.Task[None]]) -> None:
+        """A request that one node has heard of must reach the other, though nobody wants its answer: the one may have done its part and
+        keep blocks for the other, which alone can tell it that it is over."""
+        for leg, task in tasks.items():
+            if leg.sent.is_set():
+                task.cancel()
+        late = [leg.sent.wait() for leg in tasks if not leg.sent.is_set()]
+        if len(late) < len(tasks):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*late), DELIVER_S)
 
     async def _hold(self, leg: Leg, future: asyncio.Future[Any]) -> Any:
         if future.done():
@@ -379,6 +398,18 @@ class Exchange:
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
             raise leg.failure(status, str(error.get("type") or "node_failed"), str(error.get("message") or error))
+
+
+def note_sent() -> aiohttp.TraceConfig:
+    """For the session that exchanges use: sets ``Leg.sent``."""
+
+    async def on_sent(session: aiohttp.ClientSession, context: Any, params: aiohttp.TraceRequestChunkSentParams) -> None:
+        if isinstance(context.trace_request_ctx, Leg):
+            context.trace_request_ctx.sent.set()
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_chunk_sent.append(on_sent)
+    return trace
 
 
 async def tell(client: Client, failure: Failure, framing: Framing | None) -> None:

@@ -24,7 +24,7 @@ from ksana_lab.protocol.node import (
     REQUEST_ID_HEADER,
 )
 from ksana_lab.router.comm_groups import CommGroups, Route
-from ksana_lab.router.exchange import BodyTooLarge, Client, ClientGone, Exchange, Failure, Receive, Send, tell
+from ksana_lab.router.exchange import BodyTooLarge, Client, ClientGone, Exchange, Failure, Receive, Send, note_sent, tell
 from ksana_lab.router.policies import Policy, RequestFeatures
 from ksana_lab.router.registry import Node, Registry
 from ksana_lab.router.store import RequestIds
@@ -77,6 +77,7 @@ class Proxy:
             skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
             auto_decompress=False,
             trust_env=False,  # an HTTP proxy is never in the way of internal traffic
+            trace_configs=[note_sent()],
         )
 
     async def close(self) -> None:

@@ -376,6 +376,34 @@ async def test_a_client_that_goes_away_takes_both_requests_with_it(when):
         assert_idle(router)
 
 
+@pytest.mark.parametrize("reason", ["the client left", "prefill refused"])
+async def test_decode_hears_of_a_request_that_prefill_has_heard_of(reason, monkeypatch):
+    """Prefill may keep a finished prompt for decode, and only decode can tell it that nobody wants it."""
+    prefill = json_reply(429, {"error": {"message": "full"}}) if reason == "prefill refused" else hang()
+    async with one_pair(prefill, hang()) as (router, p, d):
+        router_side, given_up = router.router.proxy.session.connector, Event()
+        connect = router_side.connect
+
+        async def connect_late(request, *args, **options):
+            if request.url.authority == d.addr:
+                await given_up.wait()
+            return await connect(request, *args, **options)
+
+        monkeypatch.setattr(router_side, "connect", connect_late)
+        asked = asyncio.create_task(router.post("/generate"))
+        await wait_for(p.asked.wait(), BOUND_S)
+        if reason == "the client left":
+            asked.cancel()
+            await wait_for(p.gone.wait(), BOUND_S)
+        else:
+            await wait_for(p.answered.wait(), BOUND_S)
+        given_up.set()
+        await wait_for(d.gone.wait(), BOUND_S)
+        await asyncio.gather(asked, return_exceptions=True)
+        assert d.bodies == p.bodies
+        assert_idle(router)
+
+
 async def test_a_client_that_reads_nothing_is_given_up():
     big = b'{"texts": ["' + b"x" * (1 << 20) + b'"]}\0'
     flood = stream(*[big] * 40, "hang")
