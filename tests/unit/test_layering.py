@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "ksana_lab"
 FLOORS = [
     {"types", "errors", "log", "process"},
-    {"config", "protocol", "metrics"},
+    {"config", "protocol", "metrics", "cuda_driver"},
     {"core", "tracing", "attention"},
     {"layers"},
     {"models", "transfer", "router", "server", "workload"},
@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("core", "tracing", "router", "server", "workload", "cluster", "sim")
-STRICTER = {"layers": {"attention", *FLOORS[0]}}  # layers never see a configuration or a scheduler
+STRICTER = {"layers": {"attention", "cuda_driver", *FLOORS[0]}}  # layers never see a configuration or a scheduler
 
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

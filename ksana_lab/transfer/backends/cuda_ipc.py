@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ksana_lab import cuda_driver
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer import cuda_driver
 from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
@@ -88,10 +88,13 @@ class Copier:
         self._used: deque[tuple[int, int, CudaTicket]] = deque()  # rows that the GPU still reads, oldest first
         self._lock = threading.Lock()
 
-    def copy(self, target: int, copies: Copies, after: Any, num_programs: int, shift: tuple[int, int] = (0, 0)) -> CudaTicket:
-        """Enqueue all of ``copies``, moved by ``shift``, from the cache to the address space at ``target``. Raises TransferError."""
+    def copy(
+        self, target: int, copies: Copies, after: Any, num_programs: int, shift: tuple[int, int] = (0, 0), origin: int | None = None
+    ) -> CudaTicket:
+        """Enqueue all of ``copies``, moved by ``shift``, from the cache, or from the memory at ``origin``, to the address space at
+        ``target``. Raises TransferError."""
         check_alignment(np.array([[*shift, 0]], np.int64))
-        source, target = self._source + shift[0], target + shift[1]
+        source, target = (self._source if origin is None else origin) + shift[0], target + shift[1]
         with self._lock, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             # The tables first: their way to the GPU is over when ``after`` is.
             tables = self._tables_of(copies)
@@ -164,7 +167,9 @@ class CudaIpcLink:
         self._target: int | None = target  # None = closed
         self._lock = threading.Lock()
 
-    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
+    def write(
+        self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0), source: torch.Tensor | None = None
+    ) -> Ticket:
         if not len(copies):
             return DONE
         with self._lock:
@@ -174,7 +179,8 @@ class CudaIpcLink:
             if first < 0 or last > self._stream.peer_bytes:
                 raise TransferError(f"a write outside the peer's cache of {self._stream.peer_bytes} bytes")
             # Who must wait for a layer is beside computing, and the next layer's kernels want the SMs.
-            return self._copier.copy(self._target, copies, after, PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE, shift)
+            num_programs = PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE
+            return self._copier.copy(self._target, copies, after, num_programs, shift, None if source is None else source.data_ptr())
 
     def examine(self, timeout_s: float) -> LinkReport:
         """Bursts into the scratch behind D's cache; they compile and load the kernel, too."""
