@@ -44,16 +44,37 @@ def sequence(seq_id: int, prompt: int | list[int], max_tokens: int = 8, *, arriv
 
 
 def scheduler(
-    num_blocks: int = 64, *, caching: bool = False, max_len: int = 1 << 20, vocab_size=None, role=Role.MIXED, connector=None, **options
+    num_blocks: int = 64,
+    *,
+    num_host_blocks: int = 0,
+    caching: bool = False,
+    max_len: int = 1 << 20,
+    vocab_size=None,
+    role=Role.MIXED,
+    connector=None,
+    **options,
 ) -> Scheduler:
-    blocks = BlockManager(num_blocks, BLOCK, enable_prefix_caching=caching)
+    """With host blocks: preemption by swapping."""
+    blocks = BlockManager(num_blocks, BLOCK, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
+    options.setdefault("preemption_mode", "swap" if num_host_blocks else "recompute")
     return Scheduler(SchedulerOptions(**options), blocks, max_model_len=max_len, vocab_size=vocab_size, role=role, connector=connector)
+
+
+@dataclass
+class _Submitted:
+    """A step as it was when it was scheduled: sequences move on before it runs."""
+
+    out: SchedulerOutput
+    gone: list[int]
+    tables: list[list[int]]
+    tokens: list[list[int]]
 
 
 @dataclass
 class FakeWorkers:
     """Plays a model with a paged cache: it stores which token stands in which slot, and samples from what the block table leads to.
-    ``depth``: steps under way when the next is scheduled. A step's stores and reads happen when it is its turn, as on a GPU stream."""
+    ``depth``: steps under way when the next is scheduled. Steps run in order, as on a GPU stream, and as late as can be: when their
+    outcome is asked for."""
 
     scheduler: Scheduler
     depth: int = 0
@@ -65,9 +86,11 @@ class FakeWorkers:
 
     def __post_init__(self) -> None:
         self._cache: dict[int, int] = {}  # slot -> token
+        self._host_cache: dict[int, list[int | None]] = {}  # host block -> its slots
         self._tables: dict[int, list[int]] = {}
         self._tokens: dict[int, list[int]] = {}  # what the workers know of each sequence: prompt, outputs
-        self._inflight: deque[tuple[SchedulerOutput, StepTokens]] = deque()
+        self._gone: list[int] = []
+        self._inflight: deque[_Submitted] = deque()
 
     def store(self, block_table: list[int], tokens: list[int]) -> None:
         """KV that came from elsewhere."""
@@ -76,16 +99,16 @@ class FakeWorkers:
 
     def turn(self) -> SchedulerOutput:
         out = self.scheduler.schedule(self.now_ns)
-        for seq_id in out.gone:
-            self._tokens.pop(seq_id, None)
-        if out.scheduled:
-            self._inflight.append((out, self._execute(out)))
-            self.num_steps += 1
+        self._gone += out.gone
+        if not out.is_empty:
+            self._inflight.append(self._submit(out))
+            self.num_steps += bool(out.scheduled)
             if self.on_step:
                 self.on_step(out)
         self.is_busy = bool(self._inflight)
-        if self._inflight and (not out.scheduled or len(self._inflight) > self.depth):
-            self.scheduler.update(*self._inflight.popleft(), self.now_ns)
+        if self._inflight and (out.is_empty or len(self._inflight) > self.depth):
+            step = self._inflight.popleft()
+            self.scheduler.update(step.out, self._execute(step), self.now_ns)
         self.updates += self.scheduler.take_updates()
         return out
 
@@ -106,21 +129,36 @@ class FakeWorkers:
     def finishes(self) -> dict[str, str]:
         return {u.request_id: u.error_type or u.finish.value for u in self.updates if u.finish}
 
-    def _execute(self, out: SchedulerOutput) -> StepTokens:
-        for item in out.scheduled:  # stores of the whole step come before any read, as in a layer
-            seq = item.seq
-            known = self._tokens.setdefault(seq.seq_id, seq.tokens(0, seq.num_tokens))
-            self._tables[seq.seq_id] = list(seq.block_table)
-            for position in range(item.start, item.end):
-                self._cache[self._slot(seq.seq_id, position)] = known[position]
+    def _submit(self, out: SchedulerOutput) -> _Submitted:
+        gone, self._gone = self._gone, []
+        seqs = [item.seq for item in out.scheduled]
+        return _Submitted(out, gone, [list(seq.block_table) for seq in seqs], [seq.tokens(0, seq.num_tokens) for seq in seqs])
+
+    def _execute(self, step: _Submitted) -> StepTokens:
+        for seq_id in step.gone:
+            self._tokens.pop(seq_id, None)
+        self._swap(step.out)
+        for item, table, tokens in zip(step.out.scheduled, step.tables, step.tokens, strict=True):
+            seq_id = item.seq.seq_id
+            known = self._tokens.setdefault(seq_id, tokens)
+            self._tables[seq_id] = table
+            for position in range(item.start, item.end):  # stores of the whole step come before any read, as in a layer
+                self._cache[self._slot(seq_id, position)] = known[position]
         result = StepTokens()
-        for item in out.scheduled:
+        for item in step.out.scheduled:
             if item.samples:
                 seq_id = item.seq.seq_id
                 context = [self._cache[self._slot(seq_id, position)] for position in range(item.end)]
                 result.tokens[seq_id] = true_next(context)
                 self._tokens[seq_id].append(result.tokens[seq_id])
         return result
+
+    def _swap(self, out: SchedulerOutput) -> None:
+        for device, host in out.swap_out:
+            self._host_cache[host] = [self._cache.get(device * BLOCK + i) for i in range(BLOCK)]
+        for host, device in out.swap_in:
+            for i, token in enumerate(self._host_cache.pop(host)):
+                self._cache[device * BLOCK + i] = token
 
     def _slot(self, seq_id: int, position: int) -> int:
         return self._tables[seq_id][position // BLOCK] * BLOCK + position % BLOCK

@@ -6,8 +6,12 @@ A sequence's way:                          ┌───────────�
 
 First come, first served. Running sequences go first, decodes before prefill chunks; what is left of the token budget goes to the head of
 the queue. Nothing deadlocks: a sequence is admitted only with blocks for every token it has; sequences that grow may take the blocks of
-newer ones (preemption by recompute); those that cannot be preempted (KV on its way in or out) end in bounded time by themselves. Two nodes
-do not wait for each other either, though they may hear of requests in different order: see ``_room_for_unbegun``.
+newer ones (preemption); those that cannot be preempted (KV on its way in or out) end in bounded time by themselves. Two nodes do not wait
+for each other either, though they may hear of requests in different order: see ``_room_for_unbegun``.
+
+A preempted sequence is computed again, or swapped: its KV is copied to host blocks, as many as there are, and back when it is admitted
+again. Each rank copies in the order of its steps, and before it computes, so blocks go to a next owner at once, with one exception: see
+``_num_swap_outs_under_way``.
 
 ``schedule`` may be called once more before ``update`` of the step before it (pipeline depth 1): counters move when a step is scheduled, a
 sampled token that is not known yet counts as pending, and one that turns out to follow the end of its sequence is dropped. Blocks of a
@@ -16,6 +20,7 @@ sequence that a scheduled step still writes are freed when that step is over."""
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
@@ -81,9 +86,16 @@ class Scheduler:
         self._deadlines: list[tuple[int, int, Sequence]] = []  # heap of (first token due by, seq_id, seq)
         self._updates: list[SequenceUpdate] = []
         self._gone: list[int] = []
+        self._swap_out: list[tuple[int, int]] = []  # copies of the step that is being put together
+        self._swap_in: list[tuple[int, int]] = []
+        # Steps that read the blocks of sequences swapped out. A prefill node's writes do not wait for our steps: until these are over,
+        # no block is announced to it.
+        self._num_swap_outs_under_way = 0
         self._num_steps = 0
 
         self.num_preemptions = 0
+        self.num_swap_outs = 0
+        self.num_swap_ins = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self.prompt_tokens = 0
@@ -164,6 +176,7 @@ class Scheduler:
 
     def update(self, step: SchedulerOutput, result: StepTokens, now_ns: int) -> None:
         """``step`` is over, ``result`` holds a token for each sequence of it that samples. What clients must hear: ``take_updates``."""
+        self._num_swap_outs_under_way -= bool(step.swap_out)
         for item in step.scheduled:
             seq = item.seq
             seq.num_inflight_steps -= 1
@@ -194,15 +207,20 @@ class Scheduler:
         return (seq for seq in chain(self.running.values(), self.ready.values()) if not self._is_prefill_only(seq))
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the queue; its KV is computed again later, on a decode node too (from prompt and outputs). The blocks may be used at
-        once: a step under way that still writes them runs before any step that could."""
+        """Back to the queue; its KV goes to host blocks, or is computed again later, on a decode node too (from prompt and outputs). The
+        blocks may be used at once: a step under way that still writes them runs before any step that could."""
         self._leave_queue(seq)
-        self.blocks.free(seq)
+        copies = self.blocks.swap_out(seq) if self.options.preemption_mode == "swap" else None
+        if copies is None:
+            self.blocks.free(seq)
+        else:
+            self._swap_out += copies
+            self.num_swap_outs += 1
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self.preempted[seq.seq_id] = seq
         self._gone.append(seq.seq_id)
-        self._event("PREEMPTED", seq)
+        self._event("PREEMPTED", seq, mode="recompute" if copies is None else "swap")
 
     def _include(self, step: SchedulerOutput, seq: Sequence, most: int, *, is_first: bool = False) -> int:
         """Run up to ``most`` tokens of ``seq`` in ``step``; returns how many."""
@@ -220,9 +238,7 @@ class Scheduler:
         prefill node has not begun may have to step aside before that.)"""
         while (seq := self._head_of_queue()) is not None:
             if self._is_remote(seq):
-                if len(self.running) + len(self.ready) + len(self.waiting_kv) >= self._max_num_seqs_with_kv or not self._allocate(
-                    seq, now_ns
-                ):
+                if not self._may_announce or not self._allocate(seq, now_ns):
                     return
                 self.waiting_kv[seq.seq_id] = seq
                 seq.transfer_start_ns = now_ns
@@ -235,7 +251,12 @@ class Scheduler:
                 if self._is_prefill_only(seq):
                     seq.transfer_start_ns = now_ns
                     self.connector.on_allocated(seq)
-                self._event("PREFILL_START", seq)
+                if seq.is_swapped_out:
+                    self._swap_in += self.blocks.swap_in(seq)
+                    self.num_swap_ins += 1
+                    self._event("SWAPPED_IN", seq)
+                else:
+                    self._event("PREFILL_START", seq)
                 budget -= self._include(step, seq, budget, is_first=True)
 
     def _head_of_queue(self) -> Sequence | None:
@@ -260,9 +281,10 @@ class Scheduler:
         return self._max_unbegun_blocks - sum(len(seq.block_table) for seq in unbegun)
 
     def _allocate(self, seq: Sequence, now_ns: int) -> bool:
-        """Blocks for every token ``seq`` has, and one to spare for each sequence that is growing, lest it be preempted at once."""
+        """Blocks for every token ``seq`` has, and some to spare for each sequence that is growing, lest it be preempted at once."""
         num_growing = 0 if self.role is Role.PREFILL else len(self.running) + len(self.ready)
-        if not self.blocks.allocate(seq, seq.num_tokens, reserve=num_growing):
+        spare = self.options.swap_in_spare_blocks if seq.is_swapped_out else self.options.admission_spare_blocks
+        if not self.blocks.allocate(seq, seq.num_tokens, reserve=math.ceil(num_growing * spare)):
             return False
         self._leave_queue(seq)
         if not seq.scheduled_ns:
@@ -276,6 +298,10 @@ class Scheduler:
     def _seal(self, step: SchedulerOutput) -> SchedulerOutput:
         step.scheduled.sort(key=lambda item: item.num_tokens > 1)
         step.gone, self._gone = self._gone, []
+        step.swap_out, self._swap_out = self._swap_out, []
+        step.swap_in, self._swap_in = self._swap_in, []
+        assert not (step.swap_out and step.swap_in), "whoever preempts admits nobody"  # else one copy could read what another writes
+        self._num_swap_outs_under_way += bool(step.swap_out)
         step.transfer = self.connector.step_meta(step)
         self._num_steps += bool(step.scheduled)
         return step
@@ -291,6 +317,12 @@ class Scheduler:
         return (
             self.role is Role.DECODE and seq.transfer is not None and not seq.output_token_ids and self.connector.num_remote_tokens(seq) > 0
         )
+
+    @property
+    def _may_announce(self) -> bool:
+        """There is a place for one more, and blocks that are free are not being read."""
+        num_places = self._max_num_seqs_with_kv - len(self.running) - len(self.ready) - len(self.waiting_kv)
+        return num_places > 0 and not self._num_swap_outs_under_way
 
     @property
     def _max_num_seqs_with_kv(self) -> int:
@@ -399,6 +431,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self.waiting) + len(self.preempted)
+
+    @property
+    def num_swapped(self) -> int:
+        """Of those that wait: their KV is in host blocks."""
+        return sum(seq.is_swapped_out for seq in self.preempted.values())
 
     @property
     def num_running(self) -> int:

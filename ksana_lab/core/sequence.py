@@ -23,6 +23,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     output_limit: int = 0  # most output tokens this engine may make; set by Scheduler.add
     block_table: list[int] = field(default_factory=list)
+    host_block_table: list[int] = field(default_factory=list)  # while swapped out: where the KV of the computed tokens is, in host memory
     num_computed_tokens: int = 0  # KV exists, or a scheduled step will write it, for this many tokens (of prompt + output)
     num_pending_tokens: int = 0  # sampled by steps whose outcome the scheduler has not heard yet
     num_inflight_steps: int = 0  # such steps that touch the block table, whether they sample or not
@@ -58,6 +59,10 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def is_swapped_out(self) -> bool:
+        return bool(self.host_block_table)
+
+    @property
     def has_reached_limit(self) -> bool:
         """Nothing more to sample: the outputs known and under way are all it may have."""
         return len(self.output_token_ids) + self.num_pending_tokens >= self.output_limit
@@ -71,5 +76,6 @@ class Sequence:
 
     def __repr__(self) -> str:
         counts = f"{self.num_prompt_tokens}+{len(self.output_token_ids)} tokens, {self.num_computed_tokens} computed"
+        swapped = f" + {len(self.host_block_table)} host" if self.host_block_table else ""
         end = f", {self.finish_reason.value}" if self.finish_reason else ""
-        return f"<seq {self.seq_id} {self.request_id!r} {counts}, {len(self.block_table)} blocks{end}>"
+        return f"<seq {self.seq_id} {self.request_id!r} {counts}, {len(self.block_table)} blocks{swapped}{end}>"

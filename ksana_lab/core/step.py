@@ -32,11 +32,13 @@ class SchedulerOutput:
     scheduled: list[ScheduledSeq] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)  # seq_ids that stopped running (finished or preempted) since the last step
     transfer: TransferMeta | None = None
+    swap_out: list[tuple[int, int]] = field(default_factory=list)  # (device block, host block) to copy before anything runs
+    swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block, device block), likewise; never both in one step
 
     @property
     def is_empty(self) -> bool:
         """Workers have nothing to do or to hear (``gone`` can wait for the next step)."""
-        return not self.scheduled and self.transfer is None
+        return not (self.scheduled or self.swap_out or self.swap_in) and self.transfer is None
 
     @property
     def num_tokens(self) -> int:

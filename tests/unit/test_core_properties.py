@@ -1,6 +1,7 @@
 """Random streams of requests, aborts, time-outs and transfer news, on every role and pipeline depth: what must hold whatever happens."""
 
 import random
+from collections import Counter
 
 import pytest
 from helpers_scheduling import FakeConnector, FakeWorkers, scheduler, sequence, true_next, true_output
@@ -23,12 +24,28 @@ def check_step(sched, out):
     chunk = sched.options.prefill_chunk_tokens or max(lens, default=0)
     assert all(n <= chunk for n in lens)
     assert all(len(item.seq.block_table) * sched.blocks.block_size >= item.end for item in out.scheduled)
+    assert not (out.swap_out and out.swap_in)
+    for copies in (out.swap_out, out.swap_in):
+        assert all(len(set(blocks)) == len(copies) for blocks in zip(*copies, strict=True))
+
+
+def check_blocks(sched):
+    """Nothing has leaked, and no block of one sequence is another's."""
+    assert sched.check() == 0
+    living = [seq for queue in sched._queues for seq in queue.values()]
+    assert not any(seq.block_table and seq.host_block_table for seq in living)
+    on_host = [block for seq in living for block in seq.host_block_table]
+    assert len(set(on_host)) == len(on_host)
+    owners = Counter(block for seq in living for block in seq.block_table)
+    assert all(sched.blocks.pool.ref_count(block) == owners[block] for block in range(sched.blocks.num_blocks))
 
 
 @st.composite
 def setups(draw):
     return {
         "num_blocks": draw(st.integers(3, 20)),
+        "num_host_blocks": draw(st.sampled_from([0, 0, 3, 10, 60])),
+        "swap_in_spare_blocks": draw(st.sampled_from([0.0, 1.0, 2.0])),
         "caching": draw(st.booleans()),
         "max_num_batched_tokens": draw(st.integers(1, 24)),
         "max_num_seqs": draw(st.integers(1, 6)),
@@ -70,7 +87,14 @@ class Peer:
 
 
 class Connector(FakeConnector):
-    """Keeps the blocks of what it was told about and has not reported on."""
+    """Keeps the blocks of what it was told about and has not reported on. Its peer writes as soon as it knows where."""
+
+    work = None
+
+    def on_allocated(self, seq):
+        super().on_allocated(seq)
+        if self.work.scheduler.role is Role.DECODE:
+            self.work.store(seq.block_table, seq.prompt_token_ids)
 
     def on_finished(self, seq):
         super().on_finished(seq)
@@ -84,6 +108,8 @@ def play(setup, stream, seed, role, depth):
     sched = scheduler(role=role, connector=connector, **setup)
     work = FakeWorkers(sched, depth=depth, on_step=lambda out: check_step(sched, out))
     peer = Peer(sched, work, dice)
+    if connector:
+        connector.work = work
     seqs, aborted = {}, set()
     for number, (size, max_tokens, kind, has_key) in enumerate(stream):
         prompt = [(kind + i) % 49 for i in range(size)]  # few distinct prompts: prefixes are shared
@@ -100,7 +126,7 @@ def play(setup, stream, seed, role, depth):
             if connector:
                 peer.act(False)
             work.turn()
-            assert sched.check() == 0
+            check_blocks(sched)
             if seqs and dice.random() < 0.15:
                 victim = dice.choice(list(seqs))
                 aborted.add(victim)
@@ -122,6 +148,7 @@ def test_whatever_happens_nothing_leaks_and_every_token_is_right(role, depth, se
     sched, work, seqs = play(setup, stream, seed, role, depth)
     assert sched.is_idle and sched.check() == 0
     assert sched.blocks.num_free == sched.blocks.num_blocks
+    assert sched.blocks.host_pool.num_free == sched.blocks.host_pool.num_blocks
     finishes, outputs = work.finishes(), work.outputs()
     assert finishes.keys() == seqs.keys()
     for name, seq in seqs.items():
