@@ -17,8 +17,11 @@ _BACKENDS = {
     "cuda_ipc": "ksana_lab.transfer.backends.cuda_ipc:CudaIpcBackend",
     "shm": "ksana_lab.transfer.backends.shm:ShmBackend",
     "tcp": "ksana_lab.transfer.backends.tcp:TcpBackend",
+    "nixl": "ksana_lab.transfer.backends.nixl:NixlBackend",  # an optional extra; ``auto`` never takes it
 }
-_IS_FOR_CUDA = {"cuda_ipc": True, "shm": False}  # tcp takes either kind of memory
+_IS_FOR_CUDA = {"cuda_ipc": True, "shm": False}  # tcp and nixl take either kind of memory
+_HAVE_ADDRESS = ("tcp", "nixl")
+_REGISTER_SOURCE = ("nixl",)
 _ONE_HOST = ("cuda_ipc", "shm")
 _AUTO = {True: ("cuda_ipc", "tcp"), False: ("shm", "tcp")}
 
@@ -34,7 +37,7 @@ def make_backend(name: str, host: str, *, on_gpu: bool = False) -> TransferBacke
         raise TransferError(f"transfer backend {name!r} needs CUDA, and this node runs on the CPU; choose tcp, shm or auto")
     module, _, attribute = _BACKENDS[name].partition(":")
     cls: Any = getattr(importlib.import_module(module), attribute)
-    return cls(host) if name == "tcp" else cls()
+    return cls(host) if name in _HAVE_ADDRESS else cls()
 
 
 def make_backends(option: str, host: str, *, on_gpu: bool = False) -> list[TransferBackend]:
@@ -53,6 +56,11 @@ def make_backends(option: str, host: str, *, on_gpu: bool = False) -> list[Trans
 
 def needs_one_host(name: str) -> bool:
     return name in _ONE_HOST
+
+
+def registers_source(name: str) -> bool:
+    """Whether the cache on P, too, must be memory that the backend allocates."""
+    return name in _REGISTER_SOURCE
 
 
 def host_id() -> str:

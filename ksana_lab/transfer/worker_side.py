@@ -26,7 +26,7 @@ from ksana_lab.transfer.base import TransferBackend
 from ksana_lab.transfer.coordinator import control_address
 from ksana_lab.transfer.mailbox import Mailbox
 from ksana_lab.transfer.receiver import Receiver
-from ksana_lab.transfer.registry import host_id, make_backends
+from ksana_lab.transfer.registry import host_id, make_backends, registers_source
 from ksana_lab.transfer.sender import Sender
 from ksana_lab.types import Role
 
@@ -64,7 +64,7 @@ class KVWorkerConnector:
     # ---- start-up ----------------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        if self._is_prefill:  # only the decode node's cache is reached from outside
+        if self._is_prefill and not registers_source(self._backends[0].name):  # only the decode node's cache is reached from outside
             return torch.zeros(nbytes, dtype=torch.uint8, device=device)
         while True:
             try:

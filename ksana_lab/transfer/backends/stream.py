@@ -39,6 +39,7 @@ MAX_COPIES = 1 << 22
 MAX_NOTICE_BYTES = MAX_COPIES * 16 + 4096
 MAX_CONNECTIONS = 1024
 STALL_S = 30.0  # a peer that stops in the middle of a frame for this long is given up
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # s, s, probes: a host that vanished is noticed within 25 s
 _IOV_MAX = 1024  # buffers per system call
 _SCRATCH_BYTES = 1 << 18
 _PROBE = 1 << 63  # tokens from here on are a link's own: round trips for window 0, which nobody ever opens
@@ -65,6 +66,9 @@ class Wire:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                if hasattr(socket, option):  # Linux
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.sock = sock
         self.stall_s = stall_s
         self._readable, self._writable = select.poll(), select.poll()
@@ -176,7 +180,9 @@ class _Writer:
 
 class StreamServer:
     """Accepts writers of one cache. With ``cache`` it takes WRITE frames, and closing a window fences them; so it does with ``make_stage``,
-    through which the bytes reach a device. Without either the writers have another way to the memory, and only notices pass here."""
+    through which the bytes reach a device. Without either the writers have another way to the memory, and only notices pass here; then a
+    writer counts for ``linger_s`` after its connection ended, for what it wrote may still be on that other way. ``on_writer_gone`` is
+    called both times."""
 
     def __init__(
         self,
@@ -188,17 +194,19 @@ class StreamServer:
         make_stage: Callable[[], Stage] | None = None,
         fds: Sequence[int] = (),
         stall_s: float = STALL_S,
+        linger_s: float = 0.0,
     ) -> None:
         self.secret = secrets.token_hex(16)
         self._listener, self._events = listener, events
         self._cache, self._cache_bytes, self._fds = cache, cache_bytes, tuple(fds)
-        self._stall_s, self._make_stage = stall_s, make_stage
+        self._stall_s, self._make_stage, self._linger_s = stall_s, make_stage, linger_s
         self._takes_writes = cache is not None or make_stage is not None
         self._lock = threading.Lock()
         self._windows: dict[int, _Window] = {}
         self._writers: set[_Writer] = set()
         self._forgotten: dict[int, None] = {}
         self._is_closed = False
+        self._closing = threading.Event()
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._thread = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
         self._thread.start()
@@ -234,6 +242,7 @@ class StreamServer:
         with self._lock:
             self._is_closed = True
             writers = list(self._writers)
+        self._closing.set()
         try:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes ``accept``
         except OSError:
@@ -279,10 +288,12 @@ class StreamServer:
         except Exception:
             log.exception("receiving KV failed")
             reason = "internal error of the receiver"
-        finally:
-            with self._lock:
-                self._writers.discard(writer)
-            writer.wire.close()
+        writer.wire.close()
+        if writer.session and self._linger_s and not self._is_closed:
+            self._events.on_writer_gone(writer.session, reason)
+            self._closing.wait(self._linger_s)
+        with self._lock:
+            self._writers.discard(writer)
         if writer.session and not self._is_closed:
             self._events.on_writer_gone(writer.session, reason)
         elif not writer.session:
@@ -432,12 +443,15 @@ class StreamLink:
         source: memoryview | None = None,
         max_fds: int = 0,
         stall_s: float = STALL_S,
+        is_kept: bool = False,
     ) -> None:
-        """``sock`` is connected. Raises TransferError when the server does not accept; the socket is closed then."""
+        """``sock`` is connected. ``is_kept``: the writes go another way, and to the peer the end of this connection means that they are
+        over; so nothing but ``close`` ends it. Raises TransferError when the server does not accept; the socket is closed then."""
         self._wire = Wire(sock, stall_s)
         self._events, self._source = events, source
         self.fds: list[int] = []
         self.peer_bytes = 0
+        self._is_kept = is_kept
         self._is_closed = False
         self._send_lock = threading.Lock()
         self._answered = threading.Condition()
@@ -514,7 +528,8 @@ class StreamLink:
             try:
                 self._wire.send(buffers)
             except (OSError, TransferError) as error:
-                self._wire.shutdown()  # half a frame may be out; the reader tells the owner
+                # Half a frame may be out; the reader tells the owner.
+                self._wire.shutdown(socket.SHUT_RD if self._is_kept else socket.SHUT_RDWR)
                 raise TransferError(f"sending KV failed: {error}") from error
 
     def _read(self) -> None:
@@ -536,7 +551,8 @@ class StreamLink:
         except Exception:
             log.exception("an acknowledgement could not be handled")
             reason = "internal error of the sender"
-        self._wire.shutdown()
+        if not self._is_kept:
+            self._wire.shutdown()
         with self._answered:
             self._is_over = True
             self._answered.notify_all()
@@ -556,6 +572,14 @@ class StreamLink:
     def _drop_fds(self) -> None:
         while self.fds:
             os.close(self.fds.pop())
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket at ``host``, on a port that the system chooses. Raises TransferError."""
+    try:
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+    except OSError as error:
+        raise TransferError(f"cannot listen for KV on {host}: {error}; is it an address of this host?") from error
 
 
 def dial(family: int, address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
