@@ -1,11 +1,13 @@
-"""What survives a restart, and that request ids never repeat."""
+"""What survives a restart, and that request ids never repeat. On SQLite; and on every server whose URL KSANA_LAB_TEST_DATABASES names
+(separated by spaces; the ksana_lab_* tables there are removed)."""
 
 from __future__ import annotations
 
-import sqlite3
+import os
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from ksana_lab.errors import ConfigError, ServiceUnavailable
 from ksana_lab.router import store as store_module
@@ -15,9 +17,20 @@ from ksana_lab.router.store import MAX_REQUEST_ID, RequestIds, Store
 from ksana_lab.types import Role
 
 
-@pytest.fixture
-def url(tmp_path) -> str:
-    return f"sqlite:///{tmp_path}/state/router.db"
+@pytest.fixture(params=["sqlite", *os.environ.get("KSANA_LAB_TEST_DATABASES", "").split()], ids=lambda url: url.partition(":")[0])
+def url(request, tmp_path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/state/router.db"
+    execute(request.param, *(f"DROP TABLE IF EXISTS ksana_lab_{name}" for name in ("node", "pair", "counter")))
+    return request.param
+
+
+def execute(url: str, *statements: str) -> None:
+    engine = store_module._engine(url)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(sa.text(statement))
+    engine.dispose()
 
 
 def node(addr: str = "10.0.0.1:1", **more) -> Node:
@@ -88,11 +101,10 @@ def test_a_lease_is_renewed_before_it_runs_out(url, monkeypatch):
     assert first + rest == list(range(1, 11))
 
 
-def test_ids_start_again_at_1_after_the_last(url, monkeypatch, tmp_path):
+def test_ids_start_again_at_1_after_the_last(url):
     store, _ = opened(url)
     store.close()
-    with sqlite3.connect(tmp_path / "state" / "router.db") as connection:
-        connection.execute("UPDATE ksana_lab_counter SET value = ? WHERE name = 'request_id'", (MAX_REQUEST_ID - 1,))
+    execute(url, f"UPDATE ksana_lab_counter SET value = {MAX_REQUEST_ID - 1} WHERE name = 'request_id'")
     again, _ = opened(url)
     ids = [again.request_ids.next() for _ in range(2)]
     again.close()
@@ -112,19 +124,17 @@ def test_running_out_of_ids_is_an_error_not_a_wait():
     assert asked == [1]
 
 
-def test_a_database_that_cannot_be_written_is_reported_and_caught_up_with(url, tmp_path, monkeypatch):
+def test_a_database_that_cannot_be_written_is_reported_and_caught_up_with(url, monkeypatch):
     monkeypatch.setattr(store_module, "RETRY_S", 0.02)
     store, _ = opened(url)
-    blocker = sqlite3.connect(tmp_path / "state" / "router.db", isolation_level=None)
-    blocker.execute("ALTER TABLE ksana_lab_node RENAME TO elsewhere")
+    execute(url, "ALTER TABLE ksana_lab_node RENAME TO elsewhere")
     failed, ok = threading.Event(), threading.Event()
     on_failed, on_ok = store._failed, store._succeeded
     store._failed = lambda *a: (on_failed(*a), failed.set())
     store._succeeded = lambda: (on_ok(), ok.set())
     store.put_node(node(), urgent=True)
     assert failed.wait(10) and "ksana_lab_node" in store.error and "INSERT" not in store.error
-    blocker.execute("ALTER TABLE elsewhere RENAME TO ksana_lab_node")
-    blocker.close()
+    execute(url, "ALTER TABLE elsewhere RENAME TO ksana_lab_node")
     assert ok.wait(10) and store.error is None
     store.close()
     assert [n.node_id for n in opened(url)[1].nodes] == ["id-10.0.0.1:1"]
@@ -139,10 +149,9 @@ def test_a_database_that_cannot_be_opened_is_a_clear_error(tmp_path):
     assert "secret" not in str(error.value)
 
 
-def test_another_schema_version_is_refused_with_advice(url, tmp_path):
+def test_another_schema_version_is_refused_with_advice(url):
     opened(url)[0].close()
-    with sqlite3.connect(tmp_path / "state" / "router.db") as connection:
-        connection.execute("UPDATE ksana_lab_counter SET value = 99 WHERE name = 'schema_version'")
+    execute(url, "UPDATE ksana_lab_counter SET value = 99 WHERE name = 'schema_version'")
     with pytest.raises(ConfigError, match="schema version 99"):
         Store(url, "c").open()
 
