@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ksana_lab.errors import KsanaLabError
+from ksana_lab.layers.all_reduce import AllReduceBySize, connect
 
 
 class TPGroup:
@@ -24,6 +25,9 @@ class TPGroup:
         self.rank = rank
         self.size = size
         self.process_group = process_group  # a ProcessGroupGloo or ProcessGroupNCCL; None when size is 1
+        is_nccl = process_group is not None and process_group.name() == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+        self.by_size: AllReduceBySize | None = None
 
     def __repr__(self) -> str:
         return f"TPGroup(rank={self.rank}, size={self.size})"
@@ -53,20 +57,49 @@ class TPGroup:
             ) from error
         return cls(rank, size, group)
 
+    def choose_all_reduce_by_size(self, max_bytes: int, dtype: torch.dtype) -> None:
+        """Have messages of ``dtype`` take the algorithm that is fastest at their size, as measured now; all ranks together. ``max_bytes``:
+        the largest. Where there is nothing to choose from (CPUs, no NVLink, …) all stays as it is, and the log says why."""
+        if self.size > 1:
+            self.by_size = connect(self, max_bytes, dtype)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place; returns ``x``. Bitwise the same on every rank."""
-        if self.size > 1:
-            self.process_group.allreduce([x]).wait()
+        if self.size > 1 and (self.by_size is None or not self.by_size.reduce(x)):
+            self.all_reduce_nccl(x)
         return x
+
+    def all_reduce_nccl(self, x: Tensor) -> None:
+        """The same by the process group (on CPUs: gloo), whatever the size."""
+        self.process_group.allreduce([x]).wait()
+
+    def check(self) -> None:
+        """Raises KsanaLabError when a rank did not come to an all-reduce in time: what was computed since is worthless. Never blocks."""
+        if self.by_size is not None:
+            self.by_size.check()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[…] -> [size, …], in rank order."""
+        if self.size == 1:
+            return x[None]
+        gathered = x.new_empty(self.size * x.numel())
+        self.process_group._allgather_base(gathered, x.contiguous().view(-1)).wait()
+        return gathered.view(self.size, *x.shape)
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Every rank's message, in rank order, on every rank. For start-up: blocks."""
+        length = torch.tensor([len(message)], device=self.device)
+        lengths = self.gather(length).flatten().tolist()
+        row = torch.zeros(max(1, max(lengths)), dtype=torch.uint8)
+        row[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else row[:0]
+        rows = self.gather(row.to(self.device)).cpu()
+        return [bytes(rows[rank, :length].tolist()) for rank, length in enumerate(lengths)]
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate along the last dimension in rank order: [..., d] -> [..., size * d]."""
         if self.size == 1:
             return x
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        gathered = rows.new_empty(self.size * rows.shape[0], rows.shape[1])
-        self.process_group._allgather_base(gathered, rows).wait()
-        by_row = gathered.view(self.size, *rows.shape).transpose(0, 1)
+        by_row = self.gather(x.reshape(-1, x.shape[-1])).transpose(0, 1)
         return by_row.reshape(*x.shape[:-1], -1)
 
     def barrier(self) -> None:
@@ -74,11 +107,19 @@ class TPGroup:
         if self.size > 1:
             self.process_group.barrier().wait()
 
-    def close(self) -> None:
-        """Leave. Operations under way on other ranks fail at once instead of waiting for their time-out."""
+    def abort(self) -> None:
+        """Leave, from any thread. Operations under way, here and on other ranks, fail at once instead of waiting for their time-out."""
+        if self.by_size is not None:
+            self.by_size.memory.abort()
         group, self.process_group = self.process_group, None
         if group is not None and group.name() == "nccl":
             group.abort()
+
+    def close(self) -> None:
+        """``abort``, and let go of the other ranks' memory. Own memory goes with this object, after the other ranks have ended."""
+        self.abort()
+        if self.by_size is not None:
+            self.by_size.memory.close()
 
 
 def _open_store(init_method: str, rank: int, size: int, timeout: datetime.timedelta) -> Any:

@@ -137,3 +137,18 @@ def test_single_group_is_free_and_closes_twice():
     tp.barrier()
     tp.close()
     tp.close()
+
+
+def test_messages_of_any_length_reach_every_rank(meeting):
+    texts = [b"", b"\x00a longer one", b"b"]
+    assert on_every_rank(3, meeting, lambda tp: tp.exchange(texts[tp.rank])) == [texts] * 3
+
+
+def test_ranks_on_cpus_keep_their_all_reduce_and_say_why(meeting, caplog):
+    def work(tp: TPGroup):
+        tp.choose_all_reduce_by_size(1 << 20, torch.float32)
+        return tp.by_size, tp.all_reduce(torch.ones(16)).tolist()
+
+    with caplog.at_level("INFO"):
+        assert on_every_rank(2, meeting, work) == [(None, [2.0] * 16)] * 2
+    assert "all-reduce is not chosen by size: the ranks are not on GPUs" in caplog.text

@@ -1,0 +1,152 @@
+"""Which all-reduce a message takes, and where its bytes lie in the ranks' memory. Plain arithmetic, no GPU needed."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+NCCL, ONE_SHOT, TWO_SHOT = "nccl", "one_shot", "two_shot"
+OURS = (ONE_SHOT, TWO_SHOT)
+
+PROGRAMS = 64  # most in a launch; each has its places in memory whether it runs or not
+TILE = 4096  # elements that 512 threads move at a time: 16 bytes each at 16 bits
+NUM_FLAG_SETS = 3  # the meeting of one_shot, the two of two_shot
+WORLD_SIZES = (2, 4, 8)  # flags are looked at as a vector, whose size is a power of two
+ALIGNMENT = 16  # elements; a message of any other length is NCCL's
+
+_SMALLEST = 8 << 10
+_LARGEST = 16 << 20
+_ONE_SHOT_LARGEST = {2: 16 << 20, 4: 4 << 20, 8: 2 << 20}  # each rank sends world - 1 times the message
+_MIN_REGION = 4 * TILE  # bytes; a launch of few programs gives each at most a tile
+
+
+def ladder(max_bytes: int) -> list[int]:
+    """Sizes to measure: powers of two from 8 KiB to 16 MiB, up to the first that holds the largest message."""
+    sizes = [_SMALLEST]
+    while sizes[-1] < min(max_bytes, _LARGEST):
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
+@dataclass(frozen=True)
+class Areas:
+    """Offsets and sizes in bytes, the same in every rank's memory. Flags [NUM_FLAG_SETS, PROGRAMS, world] int32 come first."""
+
+    world: int
+    one_shot_limit: int  # largest message
+    two_shot_limit: int
+
+    @classmethod
+    def of(cls, world: int, max_bytes: int) -> Areas:
+        limit = ladder(max_bytes)[-1]
+        return cls(world, min(limit, _ONE_SHOT_LARGEST[world]), limit)
+
+    @property
+    def one_shot_region(self) -> int:
+        """What one sender may put down for one program."""
+        return max(_MIN_REGION, _round_up(-(-self.one_shot_limit // PROGRAMS), 256))
+
+    @property
+    def two_shot_region(self) -> int:
+        return max(_MIN_REGION, _round_up(-(-self.two_shot_limit // (PROGRAMS * self.world)), 256))
+
+    @property
+    def one_shot_area(self) -> int:
+        return _round_up(NUM_FLAG_SETS * PROGRAMS * self.world * 4, 4096)
+
+    @property
+    def two_shot_area(self) -> int:
+        return self.one_shot_area + 2 * (self.world - 1) * PROGRAMS * self.one_shot_region
+
+    @property
+    def nbytes(self) -> int:
+        return self.two_shot_area + 2 * 2 * self.world * PROGRAMS * self.two_shot_region
+
+    def limit(self, algorithm: str) -> int:
+        return self.one_shot_limit if algorithm == ONE_SHOT else self.two_shot_limit
+
+
+@dataclass(frozen=True)
+class Launch:
+    programs: int
+    share: int  # elements: a program's chunk (one_shot), or what it sums for all ranks (two_shot, whose chunk is world shares)
+    tile: int
+
+
+def launch(algorithm: str, num_elements: int, world: int) -> Launch:
+    programs = min(PROGRAMS, -(-num_elements // TILE))
+    parts = programs if algorithm == ONE_SHOT else programs * world
+    share = _round_up(-(-num_elements // parts), ALIGNMENT)
+    return Launch(programs, share, TILE if share <= TILE else 4 * TILE)
+
+
+@dataclass(frozen=True)
+class SizeTable:
+    """``steps``: (largest bytes, algorithm), ascending; what is larger than the last is NCCL's."""
+
+    steps: tuple[tuple[int, str], ...] = ()
+
+    def choose(self, num_bytes: int) -> str:
+        at = bisect_left(self.steps, (num_bytes, ""))
+        return self.steps[at][1] if at < len(self.steps) else NCCL
+
+    def describe(self) -> str:
+        if not self.steps:
+            return "NCCL for every size"
+        return ", ".join(f"{name} up to {_size(limit)}" for limit, name in self.steps) + ", nccl above"
+
+
+def fastest(times_us: Mapping[int, Mapping[str, float]]) -> SizeTable:
+    """``times_us``: size -> algorithm -> microseconds, of what was found right. A message takes what won at the next larger size."""
+    steps: list[tuple[int, str]] = []
+    for size in sorted(times_us):
+        best = min(times_us[size], key=lambda name: (times_us[size][name], name != NCCL))
+        if steps and steps[-1][1] == best:
+            steps.pop()
+        steps.append((size, best))
+    if steps and steps[-1][1] == NCCL:
+        steps.pop()
+    return SizeTable(tuple(steps))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the ranks found at start-up, and agreed on."""
+
+    world: int
+    dtype: str
+    times_us: dict[int, dict[str, float]]
+    wrong: dict[str, list[int]]  # algorithm -> sizes at which its result was not the expected one
+    table: SizeTable
+
+    def to_json(self) -> str:
+        times = {str(size): by_name for size, by_name in self.times_us.items()}
+        return json.dumps({"world": self.world, "dtype": self.dtype, "us": times, "wrong": self.wrong, "table": self.table.steps})
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        data = json.loads(text)
+        times = {int(size): by_name for size, by_name in data["us"].items()}
+        table = SizeTable(tuple((size, name) for size, name in data["table"]))
+        return cls(data["world"], data["dtype"], times, data["wrong"], table)
+
+    def lines(self) -> list[str]:
+        """The table for people."""
+        names = [name for name in (NCCL, *OURS) if any(name in row for row in self.times_us.values())]
+        lines = [f"{'size':>9}" + "".join(f"{name:>11}" for name in names) + "   µs, best last"]
+        for size in sorted(self.times_us):
+            row = self.times_us[size]
+            cells = "".join(f"{row[name]:11.1f}" if name in row else f"{'–':>11}" for name in names)
+            lines.append(f"{_size(size):>9}{cells}   {self.table.choose(size)}")
+        lines += [f"WRONG RESULTS: {name} at {', '.join(map(_size, sizes))}" for name, sizes in self.wrong.items() if sizes]
+        return lines
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes >> 20} MiB" if num_bytes % (1 << 20) == 0 else f"{num_bytes / 1024:g} KiB"

@@ -1,0 +1,139 @@
+"""Sums over the GPUs of one host through each other's memory: one step for small messages, two for larger ones.
+
+Every rank *writes* to its peers and reads only its own memory. A message is cut into chunks, one a program, and program b of a rank meets
+program b of the others and nobody else: it has its own places in every memory, its own flags, and its own count of calls (the epoch).
+
+Order without a fence between calls: a place is written in every second call of the program (by the epoch's parity). Before a rank writes
+a place again it has met every peer in the call between, and a peer came there only after it had read the place. Epochs count on the device,
+so a replayed graph goes on where the call before stopped. Flags hold epochs and are never reset; they are compared by their difference,
+which survives 2**31 calls.
+
+Every rank adds in rank order, in float32, and rounds once: the sums are the same to the bit on all of them.
+
+A wait is bounded: after ``most_looks`` looks, or when the word behind the table says so, a program gives up and writes 1 to that word,
+which the host reads (all_reduce.py). What it then computes is worthless."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ksana_lab.layers import all_reduce_plan as plan
+
+PROGRAMS = tl.constexpr(plan.PROGRAMS)
+NUM_WARPS = 16
+_LOOKS_PER_WORD = tl.constexpr(1024)  # flags are looked at in L2, the word across the host's bus
+
+
+@triton.jit
+def _pointer(table, rank, offset, like):
+    """Typed as ``like``: byte ``offset`` of a rank's memory."""
+    return tl.multiple_of(tl.cast(tl.load(table + rank) + offset, like.dtype), 16)
+
+
+@triton.jit
+def _meet(table, which, program, epoch, most_looks, RANK: tl.constexpr, WORLD: tl.constexpr):
+    """What this program wrote before is seen by its fellows on all ranks after it, and the other way round."""
+    tl.debug_barrier()  # all threads have written before one of them says so (release)
+    rank = tl.arange(0, WORLD)
+    cell = (which * PROGRAMS + program) * WORLD
+    theirs = tl.cast(tl.load(table + rank), tl.pointer_type(tl.int32)) + (cell + RANK)
+    tl.atomic_xchg(theirs, tl.zeros([WORLD], tl.int32) + epoch, sem="release", scope="sys")
+    mine = tl.cast(tl.load(table + RANK), tl.pointer_type(tl.int32)) + (cell + rank)
+    word = tl.cast(tl.load(table + WORLD), tl.pointer_type(tl.int32))
+    behind = tl.min(tl.load(mine, volatile=True) - epoch, 0)
+    looks = 0
+    while (behind < 0) & (looks < most_looks):
+        behind = tl.min(tl.load(mine, volatile=True) - epoch, 0)
+        looks += 1
+        if looks % _LOOKS_PER_WORD == 0:  # noqa: SIM102
+            if tl.load(word, volatile=True) != 0:
+                looks = most_looks
+    if behind < 0:
+        tl.store(word, 1)
+    tl.atomic_add(mine, tl.zeros([WORLD], tl.int32), sem="acquire", scope="sys")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["most_looks"])
+def one_shot(
+    x, table, epochs, n, chunk, area, region, most_looks,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # x [n], summed in place; chunk elements a program. Memory behind byte ``area``: [2 parities, WORLD - 1 senders, PROGRAMS, region].
+    program = tl.program_id(0)
+    epoch = tl.load(epochs + program) + 1
+    lane = tl.arange(0, TILE)
+    begin = program * chunk
+    count = tl.minimum(n - begin, chunk)
+    parity = (epoch & 1) * (WORLD - 1)
+    for step in tl.static_range(1, WORLD):
+        # The peer step ranks on, so that not everybody writes to rank 0 first; there, senders are numbered by their distance, less 1.
+        inbox = _pointer(table, (RANK + step) % WORLD, area, x) + ((parity + WORLD - step - 1) * PROGRAMS + program) * region
+        for start in range(0, count, TILE):
+            at = start + lane
+            tl.store(inbox + at, tl.load(x + begin + at, mask=at < count), mask=at < count)
+    _meet(table, 0, program, epoch, most_looks, RANK, WORLD)
+    mine = _pointer(table, RANK, area, x)
+    for start in range(0, count, TILE):
+        at = start + lane
+        total = tl.zeros([TILE], tl.float32)
+        for rank in tl.static_range(WORLD):
+            if rank == RANK:
+                piece = tl.load(x + begin + at, mask=at < count)
+            else:
+                inbox = mine + ((parity + (rank - RANK + WORLD) % WORLD - 1) * PROGRAMS + program) * region
+                piece = tl.load(inbox + at, mask=at < count, cache_modifier=".cg")
+            total += piece.to(tl.float32)
+        tl.store(x + begin + at, total.to(x.dtype.element_ty), mask=at < count)
+    tl.store(epochs + program, epoch)
+
+
+@triton.jit(do_not_specialize=["most_looks"])
+def two_shot(
+    x, table, epochs, n, share, area, region, most_looks,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # As above; a chunk is a share for each rank, which sums it for all. Memory: [2 parities, in | sums, WORLD ranks, PROGRAMS, region].
+    program = tl.program_id(0)
+    epoch = tl.load(epochs + program) + 1
+    lane = tl.arange(0, TILE)
+    begin = program * share * WORLD
+    parity = (epoch & 1) * (2 * WORLD)
+    mine = _pointer(table, RANK, area, x)
+    for step in tl.static_range(1, WORLD):
+        peer = (RANK + step) % WORLD
+        first = begin + peer * share
+        count = tl.minimum(n - first, share)
+        inbox = _pointer(table, peer, area, x) + ((parity + RANK) * PROGRAMS + program) * region
+        for start in range(0, count, TILE):
+            at = start + lane
+            tl.store(inbox + at, tl.load(x + first + at, mask=at < count), mask=at < count)
+    _meet(table, 1, program, epoch, most_looks, RANK, WORLD)
+    first = begin + RANK * share
+    count = tl.minimum(n - first, share)
+    for start in range(0, count, TILE):
+        at = start + lane
+        total = tl.zeros([TILE], tl.float32)
+        for rank in tl.static_range(WORLD):
+            if rank == RANK:
+                piece = tl.load(x + first + at, mask=at < count)
+            else:
+                piece = tl.load(mine + ((parity + rank) * PROGRAMS + program) * region + at, mask=at < count, cache_modifier=".cg")
+            total += piece.to(tl.float32)
+        piece = total.to(x.dtype.element_ty)
+        tl.store(x + first + at, piece, mask=at < count)
+        for step in tl.static_range(1, WORLD):
+            peer = (RANK + step) % WORLD
+            sums = _pointer(table, peer, area, x) + ((parity + WORLD + RANK) * PROGRAMS + program) * region
+            tl.store(sums + at, piece, mask=at < count)
+    _meet(table, 2, program, epoch, most_looks, RANK, WORLD)
+    for step in tl.static_range(1, WORLD):
+        peer = (RANK + step) % WORLD
+        first = begin + peer * share
+        count = tl.minimum(n - first, share)
+        sums = mine + ((parity + WORLD + peer) * PROGRAMS + program) * region
+        for start in range(0, count, TILE):
+            at = start + lane
+            tl.store(x + first + at, tl.load(sums + at, mask=at < count, cache_modifier=".cg"), mask=at < count)
+    tl.store(epochs + program, epoch)

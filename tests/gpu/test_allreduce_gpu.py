@@ -1,0 +1,213 @@
+"""All-reduce through the ranks' own memory: sums to the bit, calls back to back, a peer that never comes; and what an engine makes of it.
+
+The kernels' tests also run in Triton's interpreter, if TRITON_INTERPRET=1 is set: two processes over shared CPU memory."""
+
+import multiprocessing
+import os
+import random
+import traceback
+
+import pytest
+import torch
+
+from ksana_lab.errors import KsanaLabError
+from ksana_lab.layers import all_reduce
+from ksana_lab.layers.all_reduce_plan import NCCL, ONE_SHOT, OURS, TWO_SHOT, Areas, Report, fastest
+from ksana_lab.layers.tp import TPGroup
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [] if INTERPRETED else [pytest.mark.multi_gpu]
+pytest.importorskip("triton")
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+MAX_BYTES = 1 << 20 if INTERPRETED else 64 << 20
+LOOKS = 1 << 16 if INTERPRETED else 1 << 23
+
+
+def on_ranks(work, tmp_path, *args, size=2):
+    """``work(tp, memory, *args)`` in a process for each rank; results in rank order."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(size) as pool:
+        results = pool.starmap_async(_rank, [(work, rank, size, str(tmp_path), args) for rank in range(size)]).get(timeout=110)
+    for result in results:
+        assert not isinstance(result, str), result
+    return results
+
+
+def _rank(work, rank, size, folder, args):
+    try:
+        torch.set_num_threads(1)
+        if not INTERPRETED:
+            torch.cuda.set_device(rank)
+        tp = TPGroup.connect(rank, size, f"file://{folder}/meeting", backend="gloo" if INTERPRETED else "nccl", timeout_s=60)
+        try:
+            memory = _shared_memory(tp, folder) if INTERPRETED else _mapped_memory(tp)
+            result = work(tp, memory, *args)
+            tp.exchange(b"")
+            memory.close()
+            tp.exchange(b"")
+            return result
+        finally:
+            tp.close()
+    except BaseException:
+        return traceback.format_exc()  # an exception of a child may not survive the way back
+
+
+def _shared_memory(tp, folder):
+    areas = Areas.of(tp.size, MAX_BYTES)
+    own = torch.from_file(f"{folder}/rank{tp.rank}", shared=True, size=areas.nbytes, dtype=torch.uint8)
+    tp.barrier()
+    maps = [torch.from_file(f"{folder}/rank{rank}", shared=True, size=areas.nbytes, dtype=torch.uint8) for rank in range(tp.size)]
+    memory = all_reduce.PeerMemory(
+        tp.rank, areas, own, [m.data_ptr() for m in maps], torch.zeros(1, dtype=torch.int32), lambda: maps.clear()
+    )
+    return memory
+
+
+def _mapped_memory(tp):
+    memory, reason = all_reduce.map_peers(tp, MAX_BYTES)
+    assert memory is not None, reason
+    return memory
+
+
+def compare(tp, memory, name, sizes, seed):
+    """Messages of ``sizes`` elements back to back; only then are the sums looked at."""
+    inputs = [all_reduce._random(n * DTYPE.itemsize, DTYPE, tp.device, seed=seed + 100 * i + tp.rank) for i, n in enumerate(sizes)]
+    expected = [all_reduce.sum_in_rank_order(tp.gather(x)) for x in inputs]
+    for x in inputs:
+        assert memory.takes(name, x)
+        memory.run(name, x, LOOKS)
+    assert not memory.has_given_up
+    return [torch.equal(x, want) for x, want in zip(inputs, expected, strict=True)]
+
+
+@pytest.mark.parametrize("size", [2, 4] if INTERPRETED else [2])
+def test_sums_of_many_sizes_are_right_to_the_bit(tmp_path, size):
+    sizes = [16, 4096, 4112, 48, 65536, 16, 8208, 262_144] if INTERPRETED else [16, 4096, 4112, 8192, 131_072, 16, 999_984, 4 << 20]
+    for results in on_ranks(sum_both_ways, tmp_path, sizes, size=size):
+        assert all(results), results
+
+
+def sum_both_ways(tp, memory, sizes):
+    right = []
+    for name in OURS:
+        right += compare(tp, memory, name, sizes, seed=7)
+    for i in range(4):  # a program's places are used again in every second call, whatever ran between
+        right += compare(tp, memory, OURS[i % 2], random.Random(i).sample(sizes[:6], 4), seed=i)
+    return right
+
+
+def test_epochs_survive_their_wrap(tmp_path):
+    assert on_ranks(sum_across_the_wrap, tmp_path) == [[True] * 6] * 2
+
+
+def sum_across_the_wrap(tp, memory):
+    last = 2**31 - 3
+    flags = memory._own[: memory.areas.one_shot_area].view(torch.int32)
+    flags.fill_(last)
+    for epochs in memory.epochs:
+        epochs.fill_(last)
+    tp.exchange(b"")
+    return compare(tp, memory, ONE_SHOT, [4096] * 6, seed=1)
+
+
+def test_a_peer_that_never_comes_is_given_up_on(tmp_path):
+    assert on_ranks(wait_for_nobody, tmp_path, 4096) == [True, False]
+
+
+def wait_for_nobody(tp, memory, looks):
+    x = torch.ones(64, dtype=DTYPE, device=tp.device)
+    if tp.rank == 0:
+        memory.run(TWO_SHOT, x, looks)
+        report = Report(2, "", {}, {}, fastest({8192: {NCCL: 2.0, ONE_SHOT: 1.0}}))
+        if not INTERPRETED:
+            torch.cuda.synchronize()
+        with pytest.raises(KsanaLabError, match="a peer did not come"):
+            all_reduce.AllReduceBySize(memory, report, DTYPE).check()
+    return memory.has_given_up
+
+
+def test_a_group_that_is_left_lets_kernels_go(tmp_path):
+    assert on_ranks(leave, tmp_path) == [True, False]
+
+
+def leave(tp, memory):
+    """The host's word ends a wait that would take minutes."""
+    x = torch.ones(64, dtype=DTYPE, device=tp.device)
+    if tp.rank == 0:
+        memory.abort()
+        memory.run(ONE_SHOT, x, 1 << 28)
+        if not INTERPRETED:
+            torch.cuda.synchronize()
+    return memory.has_given_up
+
+
+# ---- only on GPUs ------------------------------------------------------------------------------------------------------------------------
+
+on_gpus = pytest.mark.skipif(INTERPRETED, reason="needs GPUs")
+
+
+@on_gpus
+def test_replayed_graphs_and_eager_calls_take_turns(tmp_path):
+    assert on_ranks(replay, tmp_path) == [True, True]
+
+
+def replay(tp, memory):
+    sizes = [4096, 65_536, 1 << 20]
+    inputs = [all_reduce._random(n * 2, DTYPE, tp.device, seed=n + tp.rank) for n in sizes]
+    expected = [all_reduce.sum_in_rank_order(tp.gather(x)) for x in inputs]
+    work = [torch.empty_like(x) for x in inputs]
+
+    def run():
+        for x, source in zip(work, inputs, strict=True):
+            x.copy_(source)
+        for i, x in enumerate(work):
+            memory.run(OURS[i % 2], x)
+
+    run()
+    graph = all_reduce._capture(run)
+    good = True
+    for turn in range(50):
+        if turn % 3 == 2:
+            run()
+        else:
+            graph.replay()
+        if turn % 7 == tp.rank:  # now one rank is late, now the other
+            torch.cuda._sleep(1_000_000)
+        good = good and all(torch.equal(x, want) for x, want in zip(work, expected, strict=True))
+    return good
+
+
+@on_gpus
+def test_the_ranks_agree_on_a_table_and_nothing_is_wrong(tmp_path):
+    first, second = on_ranks(measure, tmp_path)
+    report = Report.from_json(first)
+    assert first == second and not any(report.wrong.values())
+    assert min(report.times_us) == 8192 and all(NCCL in row and row[NCCL] > 0 for row in report.times_us.values())
+    print("\n".join(report.lines()))
+
+
+def measure(tp, memory):
+    memory.compile(DTYPE)
+    return all_reduce.measure(tp, memory, DTYPE).to_json()
+
+
+@on_gpus
+def test_an_engine_says_the_same_by_size_and_by_nccl(tmp_path, monkeypatch):
+    """With two ranks each sum has two terms, which have one rounding whoever adds them."""
+    from ksana_lab.engine.llm import LLM
+    from ksana_lab.models.synth import synthesize
+    from ksana_lab.types import SamplingParams
+
+    model = str(synthesize(tmp_path / "q", "qwen3", "0.6b", has_weights=False))
+    prompts = [[(i * j) % 150_000 + 5 for j in range(1, 40 + 60 * i)] for i in range(1, 9)]
+    said = []
+    for is_set in (True, False):
+        if is_set:
+            monkeypatch.setenv("SELECT_ALL_REDUCE_BY_SIZE", "1")
+        else:
+            monkeypatch.delenv("SELECT_ALL_REDUCE_BY_SIZE")
+        with LLM(model, num_blocks=2000, max_num_seqs=16, tensor_parallel_size=2) as llm:
+            assert (llm.engine._executor.worker.tp.by_size is not None) == is_set
+            params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+            said.append([result.outputs[0].token_ids for result in llm.generate(prompts, params)])
+    assert said[0] == said[1]
