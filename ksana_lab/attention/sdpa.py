@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ksana_lab.attention.base import AttentionMetadata
+from ksana_lab.attention.cache_dtype import to_cache
 
 _TILE = 128  # query positions per call; a tile starts at a multiple of it
 _QUERY_ROWS = 8  # a tile's queries are padded to a multiple of this: the kernel takes 32 at a time, and no rest may fall below 4
@@ -64,7 +65,7 @@ class SdpaBackend:
         block_size = kv_layer.shape[3]
         block, offset = slot_mapping // block_size, slot_mapping % block_size
         # [num_blocks, block_size, 2, kv_heads, head_dim]: with both indices in front, one assignment writes K and V of all heads.
-        kv_layer.permute(0, 3, 1, 2, 4)[block, offset] = torch.stack([k, v], dim=1).to(kv_layer.dtype)
+        kv_layer.permute(0, 3, 1, 2, 4)[block, offset] = to_cache(torch.stack([k, v], dim=1), kv_layer.dtype)
 
     def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         pass

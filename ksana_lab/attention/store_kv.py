@@ -9,6 +9,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def to_cache(x, to: tl.constexpr):
+    """``x`` in the cache's element type, saturated where that is FP8, which has no infinity (attention/cache_dtype.py)."""
+    if to == tl.float8e4nv:
+        return tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(to)
+    else:
+        return x.to(to)
+
+
+@triton.jit
 def _store_kernel(
     k,
     v,
@@ -35,8 +44,8 @@ def _store_kernel(
     cell = kv + slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * HEAD_DIM
     target = cell + element // HEAD_DIM * (BLOCK_SIZE * HEAD_DIM) + element % HEAD_DIM
     to = kv.dtype.element_ty
-    tl.store(target, tl.load(k + token * stride_k + element, mask=live).to(to), mask=live)
-    tl.store(target + KV_HEADS * BLOCK_SIZE * HEAD_DIM, tl.load(v + token * stride_v + element, mask=live).to(to), mask=live)
+    tl.store(target, to_cache(tl.load(k + token * stride_k + element, mask=live), to), mask=live)
+    tl.store(target + KV_HEADS * BLOCK_SIZE * HEAD_DIM, to_cache(tl.load(v + token * stride_v + element, mask=live), to), mask=live)
 
 
 def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor, pdl: bool = False) -> None:

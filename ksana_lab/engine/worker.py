@@ -20,6 +20,7 @@ from ksana_lab.engine.model_runner import ModelRunner, PendingTokens
 from ksana_lab.errors import ConfigError
 from ksana_lab.layers.tp import TPGroup
 from ksana_lab.models.config import ModelConfig
+from ksana_lab.models.key_range import fit_keys
 from ksana_lab.models.registry import load_model
 from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.transfer.base import WorkerConnector
@@ -95,7 +96,7 @@ class Worker:
         self.model_config = ModelConfig.from_dir(config.model.model_dir)
         self.dtype = resolve_dtype(config, self.model_config, self.device)
         self.max_model_len = max_model_len(config, self.model_config)
-        _refuse_unsupported(config)
+        _refuse_unsupported(config, self.device)
         self.model_config.check_tensor_parallel(config.parallel.tensor_parallel_size)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.tp = TPGroup.connect(rank, config.parallel.tensor_parallel_size, init_method, backend=backend)
@@ -105,6 +106,8 @@ class Worker:
                 self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp,
                 quant_method=config.model.quant_method,
             )  # fmt: skip
+            if config.cache.dtype == "fp8_e4m3":
+                fit_keys(model)
             self.runner = ModelRunner(
                 model,
                 max_num_seqs=config.scheduler.max_num_seqs,
@@ -130,7 +133,7 @@ class Worker:
             num_kv_heads=model.num_local_kv_heads(self.tp.size),
             block_size=self.config.cache.block_size,
             head_dim=model.head_dim,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype="float8_e4m3fn" if self.config.cache.dtype == "fp8_e4m3" else str(self.dtype).removeprefix("torch."),
         )
 
     def max_num_blocks(self) -> int:
@@ -212,7 +215,10 @@ class Worker:
         return max(_MIN_WORKSPACE_BYTES, int(peak * _WORKSPACE_MARGIN))
 
 
-def _refuse_unsupported(config: EngineConfig) -> None:
+def _refuse_unsupported(config: EngineConfig, device: torch.device) -> None:
     """What was asked for and cannot be done must not pass in silence."""
-    if config.cache.dtype != "auto":
-        raise ConfigError(f"kv_cache.dtype {config.cache.dtype} is not supported; leave it auto")
+    if config.cache.dtype == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"an FP8 KV cache needs a GPU of compute capability 8.9 or more, this is {torch.cuda.get_device_name(device)}; "
+            "leave quantization_config.kv_cache.dtype auto"
+        )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ksana_lab.attention.cache_dtype import to_cache
 from ksana_lab.layers.race import race
 
 # ---- plain torch: what runs on a CPU, and what the kernels are tested against ----------------------------------------------------
@@ -34,8 +35,8 @@ def silu_mul_torch(gate_up: Tensor) -> Tensor:
 def store_kv_torch(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
     kept = slot_mapping >= 0
     block, offset = slot_mapping[kept] // kv_layer.shape[3], slot_mapping[kept] % kv_layer.shape[3]
-    kv_layer[block, 0, :, offset] = k[kept].to(kv_layer.dtype)
-    kv_layer[block, 1, :, offset] = v[kept].to(kv_layer.dtype)
+    kv_layer[block, 0, :, offset] = to_cache(k[kept], kv_layer.dtype)
+    kv_layer[block, 1, :, offset] = to_cache(v[kept], kv_layer.dtype)
 
 
 # ---- the functions models call ------------------------------------------------------------------------------------------------------

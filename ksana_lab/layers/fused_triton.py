@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ksana_lab.attention.store_kv import to_cache
+
 
 def _options(pdl: bool, **options: Any) -> dict[str, Any]:
     return {**options, "PDL": pdl, **({"launch_pdl": True} if pdl else {})}
@@ -144,10 +146,10 @@ def _qk_norm_rope_store_kernel(
         cell = kv + slot // BLOCK_SIZE * stride_block + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + one[:, None] + half[None, :]
         to = kv.dtype.element_ty
         VALUES: tl.constexpr = KV_HEADS * BLOCK_SIZE * HEAD_DIM
-        tl.store(cell, k_left.to(to))
-        tl.store(cell + HALF, k_right.to(to))
-        tl.store(cell + VALUES, v_left.to(to))
-        tl.store(cell + VALUES + HALF, v_right.to(to))
+        tl.store(cell, to_cache(k_left, to))
+        tl.store(cell + HALF, to_cache(k_right, to))
+        tl.store(cell + VALUES, to_cache(v_left, to))
+        tl.store(cell + VALUES + HALF, to_cache(v_right, to))
 
 
 def qk_norm_rope_store(

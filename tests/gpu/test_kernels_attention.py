@@ -20,6 +20,8 @@ SHAPES = [
     (16, 64, 2, 1), (16, 128, 8, 4), (16, 128, 2, 7), (32, 64, 1, 8), (32, 128, 3, 2),
     (64, 64, 2, 4), (64, 64, 4, 2), (64, 128, 1, 8), (64, 128, 8, 4),
 ]  # fmt: skip
+FP8 = torch.float8_e4m3fn
+CASES = [(*shape, DTYPE) for shape in SHAPES] + [(*shape, FP8) for shape in (SHAPES[2:4] + SHAPES[-2:-1] if INTERPRETED else SHAPES)]
 
 
 def relative_error(ours, reference):
@@ -27,21 +29,21 @@ def relative_error(ours, reference):
     return ((ours.double() - reference).norm() / reference.norm()).item()
 
 
-def make_cache(lengths, block_size, head_dim, kv_heads, order, seed, poison=float("nan")):
+def make_cache(lengths, block_size, head_dim, kv_heads, order, seed, poison=float("nan"), dtype=DTYPE):
     """A cache of three layers full of NaN, and the middle layer's view, with random keys and values for each sequence, in float64 too."""
     rng = random.Random(seed)
     counts = [-(-n // block_size) for n in lengths]
     numbers = rng.sample(range(1, sum(counts) + 8), sum(counts))
     num_blocks = sum(counts) + 8
     outer = (num_blocks, 3) if order == "block_major" else (3, num_blocks)
-    cache = torch.full((*outer, 2, kv_heads, block_size, head_dim), poison, dtype=DTYPE, device=DEVICE)
+    cache = torch.full((*outer, 2, kv_heads, block_size, head_dim), poison, dtype=dtype, device=DEVICE)
     layer = cache[:, 1] if order == "block_major" else cache[1]
     tables = torch.zeros(len(lengths), max(counts) + 2, dtype=torch.int32, device=DEVICE)
     contents = []
     for i, (n, count) in enumerate(zip(lengths, counts, strict=True)):
         mine, numbers = numbers[:count], numbers[count:]
         tables[i, :count] = torch.tensor(mine, dtype=torch.int32)
-        kv = torch.randn(2, kv_heads, n, head_dim, device=DEVICE).to(DTYPE)
+        kv = torch.randn(2, kv_heads, n, head_dim, device=DEVICE).to(dtype)
         for j, block in enumerate(mine):
             piece = kv[:, :, j * block_size : (j + 1) * block_size]
             layer[block, :, :, : piece.shape[2]] = piece
@@ -65,14 +67,14 @@ def poisoned(*shape):
 @pytest.mark.parametrize(  # each batch size has a configuration of its own
     ("batch", "order"), [(1, "block_major"), (17, "layer_major"), (49, "block_major"), (192, "layer_major")]
 )
-@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES)
-def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, group, batch, order):
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group", "dtype"), CASES)
+def test_decode_attention_agrees_with_float64(block_size, head_dim, kv_heads, group, dtype, batch, order):
     from ksana_lab.attention.triton_decode import config_for, decode_attention, plan_decode
 
     rng = random.Random(f"{block_size} {head_dim} {kv_heads} {group} {order} {batch}")
     longest = 300 if INTERPRETED else 5000
     lengths = [1, block_size, block_size + 1, longest] + [rng.randrange(1, 400) for _ in range(2 if INTERPRETED else 29)]
-    layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random())
+    layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random(), dtype=dtype)
     wide = torch.randn(len(lengths), (kv_heads * group + 3) * head_dim, device=DEVICE).to(DTYPE)  # queries are a view of a wider tensor
     q = wide[:, : kv_heads * group * head_dim].view(len(lengths), kv_heads * group, head_dim)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
@@ -116,15 +118,15 @@ def test_decode_attention_of_padding_is_zero_and_leaves_others_alone():
 
 
 @pytest.mark.parametrize("order", ["block_major", "layer_major"])
-@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES)
-def test_paged_prefill_agrees_with_float64(block_size, head_dim, kv_heads, group, order):
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group", "dtype"), CASES)
+def test_paged_prefill_agrees_with_float64(block_size, head_dim, kv_heads, group, dtype, order):
     from ksana_lab.attention.triton_prefill import prefill_attention
 
     rng = random.Random(f"{block_size} {head_dim} {kv_heads} {group} {order} prefill")
     count = 3 if INTERPRETED else 9
     new = [1] + [rng.randrange(1, 90 if INTERPRETED else 700) for _ in range(count)]
     lengths = [n + rng.choice([0, block_size, rng.randrange(200)]) for n in new]
-    layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random())
+    layer, tables, contents = make_cache(lengths, block_size, head_dim, kv_heads, order, rng.random(), dtype=dtype)
     decodes = 2  # tokens of other sequences stand before
     starts = torch.tensor([decodes + sum(new[:i]) for i in range(len(new) + 1)], dtype=torch.int32, device=DEVICE)
     q = torch.randn(decodes + sum(new), kv_heads * group, head_dim, device=DEVICE).to(DTYPE)
@@ -165,6 +167,20 @@ def test_stored_keys_and_values_are_gathered_back(block_size, head_dim, kv_heads
     before[slots // block_size, 0, :, slots % block_size] = k[:77]
     before[slots // block_size, 1, :, slots % block_size] = v[:77]
     assert torch.equal(layer.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group"), SHAPES[:4])
+def test_what_is_too_large_for_an_fp8_cache_is_saturated(block_size, head_dim, kv_heads, group):
+    from ksana_lab.attention.store_kv import store_kv
+    from ksana_lab.attention.triton_prefill import gather_kv
+
+    layer, tables, _ = make_cache([77], block_size, head_dim, kv_heads, "block_major", 1, dtype=FP8)
+    kv = torch.randn(2, 77, kv_heads, head_dim, device=DEVICE).to(FP8).to(DTYPE)  # Triton 3.6 interprets roundings wrongly
+    kv[:, ::5, :, ::3] *= 8192
+    position = torch.arange(77, device=DEVICE)
+    store_kv(kv[0], kv[1], layer, tables[0].long()[position // block_size] * block_size + position % block_size)
+    for got, stored in zip(gather_kv(layer, tables[0], 77, DTYPE), kv, strict=True):
+        assert torch.equal(got, stored.clamp(-448, 448)) and stored.abs().max() > 448
 
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN runs on a GPU only")

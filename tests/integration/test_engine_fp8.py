@@ -5,10 +5,12 @@ from helpers_checkpoint import checkpoint, prompts
 from helpers_fp8 import widened_checkpoint
 from helpers_pair import EnginePair
 
+from ksana_lab.config.engine import EngineConfig
 from ksana_lab.engine.llm import LLM
 from ksana_lab.types import SamplingParams
 
 NUM = 12
+FP8_CACHE = {"dtype": "fp8_e4m3"}
 GREEDY = SamplingParams(max_tokens=NUM, temperature=0.0, ignore_eos=True)
 BATCH = prompts(5, seed=11, longest=50)
 
@@ -36,3 +38,60 @@ def test_a_pair_with_fp8_weights_equals_one_node(tp):
     model = {"model_dir": checkpoint(), "quant_method": "fp8_e4m3"}
     with EnginePair(tp=tp, model=model, connector={"backend": "shm"}) as pair:
         assert pair.generate(BATCH, GREEDY) == generate(checkpoint(), quant_method="fp8_e4m3")
+
+
+def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", times=1, **sections):
+    config = EngineConfig.model_validate(
+        {
+            "model": {"model_dir": checkpoint(arch), "quant_method": quant_method},
+            "cache": {"block_size": 8, "num_blocks": 160} | FP8_CACHE | sections.pop("cache", {}),
+            **sections,
+        }
+    )
+    with LLM(config) as llm:
+        for _ in range(times):
+            answers = [result.outputs[0].token_ids for result in llm.generate(batch, GREEDY)]
+        return answers
+
+
+def test_an_fp8_cache_is_read_and_written_alike_in_chunks_and_whole():
+    whole = generate_with_fp8_cache()
+    assert generate_with_fp8_cache(scheduler={"prefill_chunk_tokens": 13}) == whole != generate(checkpoint())
+
+
+@pytest.mark.parametrize(("dtype", "ratio"), [("bfloat16", 2), ("float32", 4)])
+def test_an_fp8_cache_takes_a_byte_a_number(dtype, ratio):
+    def block_bytes(cache):
+        sections = {"model": {"model_dir": checkpoint(), "dtype": dtype}, "cache": cache}
+        with LLM(EngineConfig.model_validate(sections)) as llm:
+            return llm.engine._executor.layout.block_bytes
+
+    assert block_bytes({}) == ratio * block_bytes(FP8_CACHE)
+
+
+@pytest.mark.parametrize("backend", ["tcp", "shm"])
+@pytest.mark.parametrize(("mode", "quant_method"), [("bulk", "auto"), ("layer", "fp8_e4m3")])
+def test_a_pair_with_fp8_caches_equals_one_node(backend, mode, quant_method):
+    model = {"model_dir": checkpoint(), "quant_method": quant_method}
+    connector = {"backend": backend, "transfer_mode": mode, "checksum": True}
+    with EnginePair(model=model, cache=FP8_CACHE, connector=connector, scheduler={"prefill_chunk_tokens": 13}) as pair:
+        assert pair.generate(BATCH, GREEDY) == generate_with_fp8_cache(quant_method=quant_method)
+        assert pair.leaks() == {"prefill": 0, "decode": 0}
+
+
+@pytest.mark.parametrize("tp", [(2, 1), (1, 2)])
+def test_fp8_heads_find_their_ranks(tp):
+    """Ranks sum in another order, and a key halfway between two numbers of 8 bits may then fall to the other: nearly all answers agree."""
+    with EnginePair(tp=tp, cache=FP8_CACHE, connector={"backend": "tcp"}) as pair:
+        answers = pair.generate(BATCH, GREEDY)
+    assert sum(ours == theirs for ours, theirs in zip(answers, generate_with_fp8_cache(), strict=True)) >= len(BATCH) - 1
+
+
+def test_a_prefix_in_an_fp8_cache_is_found_again():
+    shared = prompts(1, seed=21, longest=64)[0] * 2
+    batch = [shared + tail for tail in prompts(4, seed=22, longest=9)]
+    caching = {"enable_prefix_caching": True}
+    expected = generate_with_fp8_cache(batch)
+    assert generate_with_fp8_cache(batch, cache=caching, times=2) == expected
+    with EnginePair(cache=FP8_CACHE | caching, connector={"backend": "shm"}) as pair:
+        assert pair.generate(batch, GREEDY) == pair.generate(batch, GREEDY) == expected

@@ -18,8 +18,10 @@ BACKEND = load_backend("sdpa")
 class Pages:
     """A poisoned one-layer-of-two cache and the dense keys and values of every sequence in it."""
 
-    def __init__(self, block_size: int, kv_heads: int, head_dim: int, order: str = "block_major", num_blocks: int = 256) -> None:
-        layout = KVLayout(num_blocks, 2, kv_heads, block_size, head_dim, "float32", order)  # type: ignore[arg-type]
+    def __init__(
+        self, block_size: int, kv_heads: int, head_dim: int, order: str = "block_major", num_blocks: int = 256, dtype: str = "float32"
+    ) -> None:
+        layout = KVLayout(num_blocks, 2, kv_heads, block_size, head_dim, dtype, order)  # type: ignore[arg-type]
         self.layer = new_cache(layout)[1]
         self.shape, self.block_size = (kv_heads, head_dim), block_size
         self.free = random.Random(1).sample(range(num_blocks), num_blocks)
@@ -59,6 +61,19 @@ def test_random_batches_match_dense_attention(seed):
         torch.testing.assert_close(out[start : start + count].double(), dense(q[start : start + count], kv), rtol=1e-4, atol=1e-5)
         start += count
     assert torch.equal(out[start:], torch.zeros_like(out[start:]))
+
+
+def test_a_cache_of_8_bits_is_attention_over_rounded_and_saturated_keys_and_values():
+    pages = Pages(16, kv_heads=2, head_dim=32, dtype="float8_e4m3fn")
+    kv = torch.randn(2, 300, 2, 32)
+    kv[1, ::50, :, ::7] *= 2000
+    kv[0, 7, 0, 3] = 500
+    seq, _ = pages.add(300, kv)
+    rounded = kv.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert not rounded.float().isnan().any() and rounded.float().abs().max() == 448
+    q = torch.randn(300, 4, 32)
+    torch.testing.assert_close(pages.attend([(seq, 300, 300)], q).double(), dense(q, rounded), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pages.attend([(seq, 1, 300)], q[-1:]).double(), dense(q[-1:], rounded), rtol=1e-3, atol=1e-3)
 
 
 def test_slot_minus_one_is_not_stored():

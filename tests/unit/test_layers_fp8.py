@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_checkpoint import checkpoint
-from helpers_fp8 import widened_checkpoint
+from helpers_fp8 import lone_rank, widened_checkpoint
 from helpers_model import PagedBatch
 
 from ksana_lab.layers import linear_fp8
 from ksana_lab.layers.linear_fp8 import FP8, dequantize_rows, fp8_linear, quantize_rows, quantized_bytes
-from ksana_lab.layers.tp import TPGroup
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.registry import load_model
 
 CPU = torch.device("cpu")
-NOBODY = object()  # the process group of a rank that never meets the others
 
 
 def load(path, quant_method="fp8_e4m3", tp=None):
@@ -65,7 +63,7 @@ def test_a_model_gives_the_logits_of_widened_weights(tmp_path, arch):
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
 def test_ranks_hold_shares_of_the_same_numbers(arch):
     whole = load(checkpoint(arch)).layers[1]
-    shards = [load(checkpoint(arch), tp=TPGroup(rank, 2, NOBODY)).layers[1] for rank in range(2)]
+    shards = [load(checkpoint(arch), tp=lone_rank(rank, 2)).layers[1] for rank in range(2)]
 
     def wide(linear):
         return dequantize_rows(linear.weight, linear.scale, torch.float32)
