@@ -72,6 +72,7 @@ class ConnectorOptions(Frozen):
     transfer_batch: int = Field(1048576, ge=1)  # most block copies in one backend call
     num_send_threads: int = Field(4, ge=1)
     checksum: bool = False  # CRC-32 per piece, verified on D
+    wire_dtype: Literal["auto", "fp8_e4m3"] = "auto"  # of KV on its way, equal on both nodes; auto = the cache's
     link: LinkOptions = LinkOptions()
 
 

@@ -212,6 +212,7 @@ KEYS: dict[str, Key] = {
     "ksana_lab.transfer_mode": _to("connector.transfer_mode", str),
     "ksana_lab.bulk_below_tokens": _to("connector.bulk_below_tokens", int),
     "ksana_lab.checksum": _to("connector.checksum", bool),
+    "ksana_lab.wire_dtype": _to("connector.wire_dtype", str),
     "ksana_lab.lease_s": _to("connector.lease_s", float),
     "ksana_lab.link.bandwidth_gbps": _to("connector.link.bandwidth_gbps", float),
     "ksana_lab.link.latency_us": _to("connector.link.latency_us", float),

@@ -27,7 +27,8 @@ class BadMessage(ValueError):
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """A node's KV cache as its peer must know it. All but ``order``, ``num_blocks`` and ``tp_size`` must be equal on both sides."""
+    """A node's KV cache as its peer must know it, and how its KV travels. All but ``order``, ``num_blocks`` and ``tp_size`` must be equal
+    on both sides."""
 
     dtype: Text
     num_layers: Annotated[int, Meta(ge=1, le=4096)]
@@ -37,6 +38,7 @@ class Shape(msgspec.Struct, frozen=True):
     num_blocks: Count
     order: Text
     tp_size: Annotated[int, Meta(ge=1, le=4096)]
+    wire_dtype: Text = "auto"  # of KV on its way; auto = dtype
 
 
 class Endpoint(msgspec.Struct):
@@ -292,6 +294,15 @@ FromRank = PeerConnected | PeerLost | Armed | RankSent | RankReceived | RankFail
 # ---- a notice: rides behind the bytes, from a P rank to a D rank --------------------------------------------------------
 
 
+class Packed(msgspec.Struct, array_like=True):
+    """Units of one form (transfer/packing.py) that lie packed in the receiver's cache."""
+
+    first: Count  # tokens [first, last) of a block
+    last: Count
+    num_groups: Count
+    targets: bytes  # little-endian int64 offsets in the receiver's cache
+
+
 class Notice(msgspec.Struct, array_like=True):
     """A rectangle of one prompt's KV is in place: tokens [start, end) of layers [first_layer, first_layer + num_layers)."""
 
@@ -304,12 +315,14 @@ class Notice(msgspec.Struct, array_like=True):
     end: Count
     first_layer: Count
     num_layers: Count
-    nbytes: Id
+    nbytes: Id  # in the caches
     num_copies: Count
     chunk: Count  # which prefill chunk of the prompt
     ready_ns: int  # sender's clock
     crc: Annotated[int, Meta(ge=0, lt=2**32)] | None = None  # CRC-32 of the bytes, in the order of ``spans``
-    spans: bytes = b""  # with crc: little-endian int64 pairs (offset in the receiver's cache, bytes)
+    spans: bytes = b""  # with crc: little-endian int64 pairs (offset in the receiver's cache, bytes); empty when packed
+    wire_bytes: Id = 0  # on their way; 0 = nbytes
+    packed: list[Packed] = []  # to be expanded before the piece counts; the crc is of the packed bytes
 
 
 # ---- coding -----------------------------------------------------------------------------------------------------------

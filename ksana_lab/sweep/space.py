@@ -47,6 +47,7 @@ _TRANSFER_KEYS = frozenset(
         ("setting", "batch_scheduler", "max_pretransfer_batch_size"),
         ("ksana_lab", "transfer_mode"),
         ("ksana_lab", "checksum"),
+        ("ksana_lab", "wire_dtype"),
         ("ksana_lab", "lease_s"),
         ("ksana_lab", "link", "bandwidth_gbps"),
         ("ksana_lab", "link", "latency_us"),

@@ -97,10 +97,13 @@ class Link(Protocol):
     def examine(self, timeout_s: float) -> LinkReport:
         """Measure the way, outside anybody's cache. Before the first ``write``. Raises TransferError when the peer does not answer."""
 
-    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
+    def write(
+        self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0), source: torch.Tensor | None = None
+    ) -> Ticket:
         """Start copying ``copies`` (int64 [n, 3]: offset here, offset there, bytes), all offsets moved by ``shift`` (here, there): the same
         array serves every layer, and a link may keep what it made of it. ``after``: an event on whose completion the source bytes exist
-        (CUDA), or None. May block on flow control, bounded. Raises TransferError when the link is gone."""
+        (CUDA), or None. ``source``: uint8 on the cache's device that "here" is counted in, None = the cache; a backend that takes one is
+        in ``registry._PACKS``, others never see it. May block on flow control, bounded. Raises TransferError when the link is gone."""
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         """Deliver ``notice`` to the peer. Call it when the tickets of the writes it speaks of are done."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 
-def crc_of(cache: torch.Tensor, spans: np.ndarray) -> int:
-    """``spans``: int64 [n, 2] (offset, bytes), in order. The bytes must exist; nothing else on the device is waited for."""
-    crc = 0
+def crc_of(cache: torch.Tensor, spans: np.ndarray, crc: int = 0) -> int:
+    """``spans``: int64 [n, 2] (offset, bytes), in order, behind what ``crc`` is of. The bytes must exist; nothing else on the device is
+    waited for."""
     if not cache.is_cuda:
         view = memoryview(cache.numpy())  # type: ignore[arg-type]
         for offset, nbytes in spans.tolist():

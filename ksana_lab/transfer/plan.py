@@ -105,22 +105,27 @@ def cells(
     if min(len(src_blocks), len(dst_blocks)) * size < end_token:
         tables = f"{len(src_blocks)} blocks on the prefill node and {len(dst_blocks)} on the decode node"
         raise LayoutMismatch(f"{end_token} tokens do not fit into {tables}, of {size} tokens each")
-    first_whole, end_whole = -(-start_token // size), end_token // size
     parts = []
+    for first, last, blocks in token_parts(start_token, end_token, size):
+        # In the order of memory, so that tables which run backwards on both sides coalesce, too.
+        pairs = sorted((src_blocks[block], dst_blocks[block]) for block in blocks)
+        runs = _runs(src, dst, slices, [pair[0] for pair in pairs], [pair[1] for pair in pairs], first, last, layers)
+        parts.append((first, last, runs))
+    return parts
+
+
+def token_parts(start_token: int, end_token: int, block_size: int) -> list[tuple[int, int, range]]:
+    """Tokens [start_token, end_token) as (first, last, blocks): tokens [first, last) of each of these blocks of the table."""
+    size, parts = block_size, []
+    first_whole, end_whole = -(-start_token // size), end_token // size
     if start_token % size:
         block = start_token // size
-        upto = min(size, end_token - block * size)
-        pairs = [(src_blocks[block], dst_blocks[block])]
-        parts.append((start_token % size, upto, pairs))
+        parts.append((start_token % size, min(size, end_token - block * size), range(block, block + 1)))
     if first_whole < end_whole:
-        # In the order of memory, so that tables which run backwards on both sides coalesce, too.
-        parts.append((0, size, sorted(zip(src_blocks[first_whole:end_whole], dst_blocks[first_whole:end_whole], strict=True))))
+        parts.append((0, size, range(first_whole, end_whole)))
     if end_token % size and end_whole >= first_whole:
-        parts.append((0, end_token % size, [(src_blocks[end_whole], dst_blocks[end_whole])]))
-    return [
-        (first, last, _runs(src, dst, slices, [pair[0] for pair in pairs], [pair[1] for pair in pairs], first, last, layers))
-        for first, last, pairs in parts
-    ]
+        parts.append((0, end_token % size, range(end_whole, end_whole + 1)))
+    return parts
 
 
 def _runs(
@@ -135,7 +140,7 @@ def _runs(
 ) -> Copies:
     """Tokens [first, last) within each of the given blocks, in the order of the source's memory as far as the block tables allow."""
     offsets = [_cell_offsets(layout, blocks, layers, src.order) for layout, blocks in ((src, src_blocks), (dst, dst_blocks))]
-    within = np.concatenate([_within_cell(src, dst, s, first, last) for s in slices])
+    within = np.concatenate([within_cell(src, dst, s, first, last) for s in slices])
     within = within[np.argsort(within[:, 0], kind="stable")]
     runs = np.empty((len(offsets[0]), len(within), 3), np.int64)
     runs[:, :, 0] = offsets[0][:, None] + within[:, 0]
@@ -156,7 +161,7 @@ def _cell_offsets(layout: KVLayout, blocks: Sequence[int], layers: range, walk: 
     return (index if walk == "block_major" else index.T).reshape(-1) * layout.cell_bytes
 
 
-def _within_cell(src: KVLayout, dst: KVLayout, s: HeadSlice, first: int, last: int) -> np.ndarray:
+def within_cell(src: KVLayout, dst: KVLayout, s: HeadSlice, first: int, last: int) -> np.ndarray:
     """Runs [n, 3] of one cell, offsets relative to it: K and V of the slice's heads, tokens [first, last)."""
     if not (s.src_head + s.num_heads <= src.num_kv_heads and s.dst_head + s.num_heads <= dst.num_kv_heads):
         raise LayoutMismatch(f"{s} does not fit into {src.num_kv_heads} and {dst.num_kv_heads} KV heads per rank")
@@ -202,5 +207,10 @@ def check_shapes(prefill: Shape, decode: Shape) -> None:
     ]
     if differing:
         raise LayoutMismatch("the KV caches of the pair differ: " + "; ".join(differing))
+    if prefill.wire_dtype != decode.wire_dtype:
+        raise LayoutMismatch(
+            f"ksana_lab.wire_dtype is {prefill.wire_dtype} on the prefill node and {decode.wire_dtype} on the decode node: "
+            "say the same on both"
+        )
     heads_of(0, prefill.tp_size, prefill.num_kv_heads)
     heads_of(0, decode.tp_size, decode.num_kv_heads)

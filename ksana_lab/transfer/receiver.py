@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer import packing
 from ksana_lab.transfer.base import TransferBackend
 from ksana_lab.transfer.checksum import crc_of
 from ksana_lab.transfer.plan import between, head_slices, slice_bytes
@@ -38,6 +40,7 @@ class _Source:
 class _Incoming:
     message: wire.Expect
     sources: dict[int, _Source] = field(default_factory=dict)
+    expanding: threading.Lock = field(default_factory=threading.Lock)  # held while the blocks are written here
 
     def count(self, notice: wire.Notice) -> str | None:
         """Add what ``notice`` brings; returns what is wrong with it."""
@@ -92,6 +95,7 @@ class Receiver:
         self._incoming: dict[int, _Incoming] = {}  # by window
         self._quarantined: dict[int, _Quarantine] = {}  # by window
         self._open_sessions: set[int] = set()
+        self._unpacker = packing.Unpacker(cache)
         self._decoder = msgspec.msgpack.Decoder(wire.Notice)
         self._counters = dict.fromkeys(("bytes_received", "notices", "recv_failures", "checksum_failures", "refused_notices"), 0.0)
         self.endpoints = {backend.name: backend.serve(cache, self) for backend in backends}
@@ -119,6 +123,9 @@ class Receiver:
         with self._lock:
             incoming = self._incoming.pop(message.window, None)
             self._quarantined.pop(message.window, None)
+        if incoming is not None:
+            with incoming.expanding:
+                pass  # one step of an expansion at most; there is none after it
         unfenced = [backend for backend in self._backends if not backend.close_window(message.window)]
         if incoming is None or not unfenced or message.is_writer_stopped:
             self._report(reply)
@@ -141,6 +148,7 @@ class Receiver:
     def close(self) -> None:
         """After the backends: nothing arrives any more."""
         self._cache = torch.empty(0, dtype=torch.uint8)
+        self._unpacker = packing.Unpacker(self._cache)
 
     def _release_safe(self) -> None:
         """Blocks whose writers have all gone."""
@@ -169,22 +177,22 @@ class Receiver:
             incoming = self._incoming.get(window)
         if incoming is None or news.window != window or news.key != incoming.message.key or session != incoming.message.session:
             return self._refuse("the decode node does not expect this request")
-        error_text = self._verify(news)
+        error_text = self._verify(news) or self._expand(incoming, news)
         now_ns = time.monotonic_ns()
         with self._lock:
             if self._incoming.get(window) is not incoming:
                 return None  # dropped meanwhile
             error_text = error_text or incoming.count(news)
             self._counters["notices"] += 1
-            self._counters["bytes_received"] += news.nbytes
+            self._counters["bytes_received"] += news.wire_bytes or news.nbytes
             self._counters["recv_failures"] += error_text is not None
             is_complete = error_text is None and incoming.is_complete
         if self._recorder.enabled:
             self._recorder.span(
                 "recv", "transfer", first_ns, now_ns,
-                request=str(news.key), layer=news.first_layer, layers=news.num_layers, bytes=news.nbytes, chunk=news.chunk,
-                peer=f"{incoming.message.peer}.{news.rank}", ready_ns=news.ready_ns, rank=self._rank, copies=news.num_copies,
-                pair=news.key.comm_key, tokens=[news.start, news.end],
+                request=str(news.key), layer=news.first_layer, layers=news.num_layers, bytes=news.wire_bytes or news.nbytes,
+                chunk=news.chunk, peer=f"{incoming.message.peer}.{news.rank}", ready_ns=news.ready_ns, rank=self._rank,
+                copies=news.num_copies, pair=news.key.comm_key, tokens=[news.start, news.end],
             )  # fmt: skip
         if error_text is not None:
             log.error("KV of %s is unusable: %s", news.key, error_text)
@@ -213,18 +221,50 @@ class Receiver:
         """Compare the checksum, if there is one, with the bytes as they lie in the cache."""
         if notice.crc is None:
             return None
-        if len(notice.spans) % 16:
-            return "malformed notice: odd spans"
-        spans = np.frombuffer(notice.spans, "<i8").reshape(-1, 2)
-        offsets, sizes = spans[:, 0], spans[:, 1]
-        total = self._layout.total_bytes
-        fits = (offsets >= 0) & (sizes >= 0) & (sizes <= total) & (offsets <= total - sizes)
-        if not fits.all() or int(sizes.sum()) != notice.nbytes:
-            return "malformed notice: spans outside the cache"
-        crc = crc_of(self._cache, spans)
+        try:
+            crc = self._crc_of(notice)
+        except TransferError as error:
+            return str(error)
         if crc == notice.crc:
             return None
         with self._lock:
             self._counters["checksum_failures"] += 1
         where = f"layers {notice.first_layer}..{notice.first_layer + notice.num_layers - 1}, tokens {notice.start}..{notice.end - 1}"
         return f"checksum of {where} is {crc:#010x} here and was {notice.crc:#010x} when it was sent"
+
+    def _crc_of(self, notice: wire.Notice) -> int:
+        """Of the bytes that the notice speaks of, packed or not. Raises TransferError when it speaks of others than it may."""
+        crc = 0
+        for packed in notice.packed:
+            form, targets = packing.read(self._layout, packed)
+            crc = crc_of(self._cache, np.column_stack((targets, np.full(len(targets), form.wire_bytes))), crc)
+        if notice.packed:
+            return crc
+        if len(notice.spans) % 16:
+            raise TransferError("malformed notice: odd spans")
+        spans = np.frombuffer(notice.spans, "<i8").reshape(-1, 2)
+        offsets, sizes = spans[:, 0], spans[:, 1]
+        total = self._layout.total_bytes
+        fits = (offsets >= 0) & (sizes >= 0) & (sizes <= total) & (offsets <= total - sizes)
+        if not fits.all() or int(sizes.sum()) != notice.nbytes:
+            raise TransferError("malformed notice: spans outside the cache")
+        return crc_of(self._cache, spans)
+
+    def _expand(self, incoming: _Incoming, notice: wire.Notice) -> str | None:
+        """Turn packed KV into the cache's dtype, in its place, for as long as it is wanted; returns what is wrong with it."""
+        if not notice.packed:
+            return None
+        try:
+            units = [packing.read(self._layout, packed) for packed in notice.packed]
+        except TransferError as error:
+            return str(error)
+        if sum(form.unit_bytes * len(targets) for form, targets in units) != notice.nbytes:
+            return "malformed notice: packed units of another size than the piece"
+        window, source = incoming.message.window, incoming.sources.get(notice.rank)
+        for form, targets in units:
+            for part in packing.steps(form, targets):
+                with incoming.expanding:
+                    if self._incoming.get(window) is not incoming or source is None or notice.attempt < source.attempt:
+                        return None  # dropped, or void: written anew by now
+                    self._unpacker.expand(form, part)
+        return None

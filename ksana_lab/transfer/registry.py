@@ -23,6 +23,7 @@ _IS_FOR_CUDA = {"cuda_ipc": True, "shm": False}  # tcp and nixl take either kind
 _HAVE_ADDRESS = ("tcp", "nixl")
 _REGISTER_SOURCE = ("nixl",)
 _ONE_HOST = ("cuda_ipc", "shm")
+_PACKS = ("cuda_ipc", "shm", "tcp")  # can carry KV that was packed on the way (``wire_dtype``)
 _AUTO = {True: ("cuda_ipc", "tcp"), False: ("shm", "tcp")}
 
 
@@ -40,13 +41,15 @@ def make_backend(name: str, host: str, *, on_gpu: bool = False) -> TransferBacke
     return cls(host) if name in _HAVE_ADDRESS else cls()
 
 
-def make_backends(option: str, host: str, *, on_gpu: bool = False) -> list[TransferBackend]:
+def make_backends(option: str, host: str, *, on_gpu: bool = False, is_packed: bool = False) -> list[TransferBackend]:
     """The backends of a node whose YAML says ``option``, best first. ``auto`` on GPUs: cuda_ipc and tcp; on CPUs: shm and tcp. A pair
-    uses the first that both have and that reaches: on one host cuda_ipc or shm, else tcp."""
+    uses the first that both have and that reaches: on one host cuda_ipc or shm, else tcp. ``is_packed``: KV travels in another dtype."""
+    if is_packed and option not in (*_PACKS, "auto"):
+        raise TransferError(f"ksana_lab.wire_dtype: fp8_e4m3 needs communication_type {', '.join(_PACKS)} or auto, not {option}")
     if option != "auto":
         return [make_backend(option, host, on_gpu=on_gpu)]
     backends = []
-    for name in _AUTO[on_gpu]:
+    for name in [name for name in _AUTO[on_gpu] if not is_packed or name in _PACKS]:
         try:
             backends.append(make_backend(name, host, on_gpu=on_gpu))
         except TransferError as error:

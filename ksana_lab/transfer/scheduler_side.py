@@ -253,8 +253,9 @@ def make_scheduler_connector(
     if not options.role.is_disaggregated:
         raise TransferError("a mixed node has no KV transfer")
     shape = wire.Shape(
-        layout.dtype, layout.num_layers, total_kv_heads, layout.head_dim, layout.block_size, layout.num_blocks, layout.order, tp_size
-    )
+        layout.dtype, layout.num_layers, total_kv_heads, layout.head_dim, layout.block_size, layout.num_blocks, layout.order, tp_size,
+        options.wire_dtype,
+    )  # fmt: skip
     endpoints = [msgspec.convert(endpoint, wire.Endpoint) for endpoint in worker_endpoints]
     coordinator = Coordinator(
         options, shape=shape, endpoints=endpoints, waiting_timeout_s=config.scheduler.waiting_timeout_s, ipc_dir=ipc_dir, wake=wake,

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -23,15 +24,18 @@ from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer import packing
 from ksana_lab.transfer.base import DeviceTicket, Link, LinkReport, Ticket, TransferBackend
 from ksana_lab.transfer.checksum import crc_of
 from ksana_lab.transfer.layer_tracker import LayerTracker
 from ksana_lab.transfer.link import Pacer, Pacers
 from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Speeds, Step, choose_mode
-from ksana_lab.transfer.plan import Copies, HeadSlice, between, copies, head_slices, rank_layout, shifted, slice_bytes
+from ksana_lab.transfer.plan import HeadSlice, between, cells, copies, head_slices, rank_layout, shifted, slice_bytes
 from ksana_lab.transfer.registry import host_id, needs_one_host
 
 log = logging.getLogger(__name__)
+
+P = TypeVar("P")
 
 _MAX_TOMBSTONES = 4096
 _MAX_PLANS = 8
@@ -52,7 +56,8 @@ class _Flight:
     piece: Piece
     due_ns: int  # not to arrive before this: the emulated link
     start_ns: int = 0
-    nbytes: int = 0
+    nbytes: int = 0  # in the caches
+    wire_bytes: int = 0
     num_copies: int = 0
     tickets: list[Ticket] = field(default_factory=list)
     post_s: float = 0.0
@@ -78,6 +83,7 @@ class _PeerLink:
     report: LinkReport | None = None
     is_lost: bool = False
     wire_until_ns: int = 0
+    packer: packing.Packer | None = None  # its sender thread's
 
     def on_ack(self, token: int, error: str | None) -> None:
         self.owner._on_ack(self, token, error)
@@ -95,6 +101,7 @@ class _Peer:
     layout: KVLayout
     pacer: Pacer
     wants_checksum: bool
+    is_packed: bool  # KV travels in eight bits
     links: dict[int, _PeerLink] = field(default_factory=dict)
     is_closed: bool = False
 
@@ -245,18 +252,19 @@ class Sender:
             out.target = message
             out.routes = [Route(link) for link in peer.links.values()]
             num_tokens = message.num_tokens - message.num_cached_tokens
-            layer_bytes = max((slice_bytes(self._layout, link.slices, num_tokens, 1) for link in peer.links.values()), default=0)
+            first = message.num_cached_tokens
+            layer_bytes = max((self._wire_bytes(link, first, first + num_tokens, 1) for link in peer.links.values()), default=0)
             links, options = list(peer.links.values()), self._options
             out.mode, out.group = choose_mode(
                 options.transfer_mode, options.layers_per_chunk, num_tokens, layer_bytes,
                 num_layers=self._layout.num_layers, speeds=self._speeds(links, num_tokens), bulk_below=options.bulk_below_tokens,
             )  # fmt: skip
-            # An emulated link starts a piece when it is computed, and a checksum reads it then: both need to know when that is.
+            # An emulated link starts a piece when it is computed, and a checksum or packing reads it then: they need to know when that is.
             has_emulation = options.link.bandwidth_gbps is not None or options.link.latency_us > 0
             out.is_early = (
                 all(link.link is not None and link.link.is_device_ordered for link in links)
                 and not has_emulation
-                and not (options.checksum or peer.wants_checksum)
+                and not (options.checksum or peer.wants_checksum or peer.is_packed)
             )
             self._report_sent([out], time.monotonic_ns())
             self._wake_senders()
@@ -288,13 +296,16 @@ class Sender:
         return counters
 
     def reconfigure(self, options: ConnectorOptions) -> None:
-        """Mode, grouping and emulated link of what is announced from now on. Nothing may be under way."""
+        """Mode, grouping, emulated link and dtype on the wire of what is announced from now on. Nothing may be under way."""
+        if options.wire_dtype != "auto":
+            packing.check(self._layout)
         with self._lock:
             assert not self._outgoing, "a prompt is being sent"
             self._options = options
             self._pacers = Pacers(options.link, self._tp_size)
             for peer in self._peers.values():
                 peer.pacer = self._pacers.make()
+                peer.is_packed = options.wire_dtype != "auto"
 
     def close(self) -> None:
         """Stops sending; links are closed. May be called twice."""
@@ -312,7 +323,8 @@ class Sender:
     # ---- connections -------------------------------------------------------------------------------------------------
 
     def _connect(self, message: wire.ConnectPeer) -> None:
-        peer = _Peer(message.session, message.peer, rank_layout(message.shape), self._pacers.make(), message.checksum)
+        is_packed = self._options.wire_dtype != "auto"
+        peer = _Peer(message.session, message.peer, rank_layout(message.shape), self._pacers.make(), message.checksum, is_packed)
         slices = head_slices(self._tp_size, message.shape.tp_size, message.shape.num_kv_heads)
         try:
             for endpoint in message.endpoints:
@@ -451,6 +463,8 @@ class Sender:
                 link = route.link
                 if link.is_lost or link not in links:
                     continue
+                if link.peer.is_packed and any(flight.out is out and flight.attempt != out.attempt for flight in link.unacked.values()):
+                    continue  # D may be expanding it, where this attempt's bytes go; the acknowledgement wakes us
                 if busy_ns := link.peer.pacer.wait_ns(now_ns):
                     wait_s = _sooner(wait_s, busy_ns / 1e9)
                     continue
@@ -461,7 +475,14 @@ class Sender:
     def _begin(self, out: Outgoing[_PeerLink], route: Route[_PeerLink], piece: Piece, now_ns: int) -> _Flight:
         out.num_writing += 1
         nbytes = slice_bytes(self._layout, route.link.slices, piece.end - piece.start, len(piece.layers))
-        return _Flight(out, route, out.attempt, piece, route.link.peer.pacer.book(nbytes, now_ns), now_ns, nbytes)
+        wire_bytes = self._wire_bytes(route.link, piece.start, piece.end, len(piece.layers))
+        return _Flight(out, route, out.attempt, piece, route.link.peer.pacer.book(wire_bytes, now_ns), now_ns, nbytes, wire_bytes)
+
+    def _wire_bytes(self, link: _PeerLink, start: int, end: int, num_layers: int) -> int:
+        """What tokens [start, end) of ``num_layers`` layers are on their way over ``link``."""
+        if link.peer.is_packed:
+            return packing.wire_bytes(self._layout, link.peer.layout, link.slices, start, end, num_layers)
+        return slice_bytes(self._layout, link.slices, end - start, num_layers)
 
     def _is_written(self, link: _PeerLink, flight: _Flight) -> bool:
         try:
@@ -507,17 +528,14 @@ class Sender:
         if self._recorder.annotates:
             flight.range = self._recorder.open(
                 "send", "transfer", request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), chunk=piece.chunk,
-                bytes=flight.nbytes, peer=f"{link.peer.name}.{link.rank}", rank=self._rank,
+                bytes=flight.wire_bytes, peer=f"{link.peer.name}.{link.rank}", rank=self._rank,
             )  # fmt: skip
         try:
             begin = time.perf_counter()
-            runs, shift = self._plan(link, out, piece)
-            flight.num_copies = len(runs)
-            flight.notice = self._notice(link, flight, shifted(runs, shift))
-            batch, after = self._options.transfer_batch, piece.after
-            for first in range(0, len(runs), batch):
-                part = runs if len(runs) <= batch else runs[first : first + batch]
-                flight.tickets.append(link.link.write(part, out.target.window, after, shift))
+            if link.peer.is_packed:
+                self._write_packed(link, flight, out.target.window)
+            else:
+                self._write_plain(link, flight, out.target.window)
             flight.post_s = time.perf_counter() - begin
         except TransferError as error:
             log.warning("sending KV of %s to %s failed: %s", out.key, link.peer.name, error)
@@ -532,33 +550,67 @@ class Sender:
             else:
                 link.written.append(flight)
 
-    def _plan(self, link: _PeerLink, out: Outgoing[_PeerLink], piece: Piece) -> tuple[Copies, tuple[int, int]]:
-        """The runs of ``piece``, and how far to move them: other layers of the same tokens lie a constant distance away, so they are worked
-        out once."""
+    def _write_plain(self, link: _PeerLink, flight: _Flight, window: int) -> None:
+        assert link.link is not None
+        runs, shift = self._plan(link, flight.out, flight.piece, copies)
+        flight.num_copies = len(runs)
+        flight.notice = self._notice(link, flight)
+        if self._wants_checksum(link):
+            moved = shifted(runs, shift)
+            flight.notice.crc = crc_of(self._cache, moved[:, [0, 2]])
+            flight.notice.spans = moved[:, 1:].astype("<i8").tobytes()
+        most, after = self._options.transfer_batch, flight.piece.after
+        for first in range(0, len(runs), most):
+            part = runs if len(runs) <= most else runs[first : first + most]
+            flight.tickets.append(link.link.write(part, window, after, shift))
+
+    def _write_packed(self, link: _PeerLink, flight: _Flight, window: int) -> None:
+        """As ``_write_plain``, through a stage: what goes to D's cache is to be expanded there."""
+        assert link.link is not None
+        batches, shift = self._plan(link, flight.out, flight.piece, self._batches)
+        link.packer = packer = link.packer or packing.Packer(self._cache, self._layout)
+        flight.num_copies = sum(len(batch.copies) for batch in batches)
+        flight.notice = notice = self._notice(link, flight)
+        for batch in batches:
+            stage, is_there = packer.pack(batch, shift[0])
+            if self._wants_checksum(link):
+                if is_there is not None:
+                    is_there.synchronize()
+                notice.crc = crc_of(stage, batch.copies[:, [0, 2]], notice.crc or 0)
+            flight.tickets.append(link.link.write(batch.copies, window, is_there, (0, shift[1]), stage))
+            packer.lend(flight.tickets[-1])
+            notice.packed.append(batch.describe(shift[1]))
+
+    def _batches(self, *what: Any) -> list[packing.Batch]:
+        return packing.batches(self._layout, cells(*what), self._options.transfer_batch)
+
+    def _plan(self, link: _PeerLink, out: Outgoing[_PeerLink], piece: Piece, make: Callable[..., P]) -> tuple[P, tuple[int, int]]:
+        """What ``make`` (``plan.copies`` or alike) says of ``piece``, and how far to move it: other layers of the same tokens lie a
+        constant distance away, so it is worked out once."""
         assert out.target is not None
         key, first = (link.rank, piece.start, piece.end, len(piece.layers)), piece.layers.start
         if key not in out.plans:
             if len(out.plans) >= _MAX_PLANS:
                 out.plans.clear()
             blocks = out.target.blocks
-            runs = copies(self._layout, link.peer.layout, link.slices, out.block_table, blocks, piece.start, piece.end, piece.layers)
-            out.plans[key] = (first, runs)
-        base, runs = out.plans[key]
+            plan = make(self._layout, link.peer.layout, link.slices, out.block_table, blocks, piece.start, piece.end, piece.layers)
+            out.plans[key] = (first, plan)
+        base, plan = out.plans[key]
         here, there = (layout.cell_offset(0, first) - layout.cell_offset(0, base) for layout in (self._layout, link.peer.layout))
-        return runs, (here, there)
+        return plan, (here, there)
 
-    def _notice(self, link: _PeerLink, flight: _Flight, runs: Copies) -> wire.Notice:
+    def _wants_checksum(self, link: _PeerLink) -> bool:
+        return self._options.checksum or link.peer.wants_checksum
+
+    def _notice(self, link: _PeerLink, flight: _Flight) -> wire.Notice:
         out, piece = flight.out, flight.piece
         assert out.target is not None
-        notice = wire.Notice(
+        return wire.Notice(
             key=out.key, window=out.target.window, serial=out.serial, attempt=flight.attempt, rank=self._rank,
             start=piece.start, end=piece.end, first_layer=piece.layers.start, num_layers=len(piece.layers),
             nbytes=flight.nbytes, num_copies=flight.num_copies, chunk=piece.chunk, ready_ns=piece.ready_ns,
+            wire_bytes=flight.wire_bytes,
         )  # fmt: skip
-        if self._options.checksum or link.peer.wants_checksum:
-            notice.crc = crc_of(self._cache, runs[:, [0, 2]])
-            notice.spans = runs[:, 1:].astype("<i8").tobytes()
-        return notice
 
     def _notify(self, link: _PeerLink, flight: _Flight) -> None:
         """Without the lock: say that the bytes are there."""
@@ -583,6 +635,7 @@ class Sender:
             out = flight.out
             self._count(link, flight, now_ns)
             if out.is_dropped or flight.attempt != out.attempt:
+                self._wake_senders()  # a packed new attempt waits for the end of the old one
                 return
             assert out.target is not None
             if error is not None:
@@ -597,15 +650,15 @@ class Sender:
             last_ready_ns = piece.ready_ns if is_last else 0
             self._recorder.span(
                 "send", "transfer", flight.start_ns, now_ns,
-                request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), bytes=flight.nbytes, chunk=piece.chunk,
-                peer=f"{link.peer.name}.{link.rank}", ready_ns=piece.ready_ns, rank=self._rank, copies=flight.num_copies,
+                request=str(out.key), layer=piece.layers.start, layers=len(piece.layers), bytes=flight.wire_bytes,
+                chunk=piece.chunk, peer=f"{link.peer.name}.{link.rank}", ready_ns=piece.ready_ns, rank=self._rank, copies=flight.num_copies,
                 pair=out.key.comm_key, tokens=[piece.start, piece.end], post_us=flight.post_s * 1e6, wire_us=flight.device_wire_s * 1e6,
                 exposed_us=max(0, now_ns - last_ready_ns) / 1e3 if last_ready_ns else None,
             )  # fmt: skip
 
     def _count(self, link: _PeerLink, flight: _Flight, now_ns: int) -> None:
         counters = self._counters
-        counters["bytes_sent"] += flight.nbytes
+        counters["bytes_sent"] += flight.wire_bytes
         counters["transfers"] += 1
         counters["copies"] += flight.num_copies
         counters["post_s"] += flight.post_s

@@ -22,6 +22,7 @@ from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.errors import ConfigError, TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer import packing
 from ksana_lab.transfer.base import TransferBackend
 from ksana_lab.transfer.coordinator import control_address
 from ksana_lab.transfer.mailbox import Mailbox
@@ -76,8 +77,11 @@ class KVWorkerConnector:
                 self._backends.pop(0).close()
 
     def register(self, kv_cache: torch.Tensor, layout: KVLayout) -> None:
-        """Raises TransferError when a backend cannot serve this memory."""
+        """Raises TransferError when a backend cannot serve this memory, or KV of this layout cannot travel in the dtype asked for."""
         assert kv_cache.numel() == layout.total_bytes and kv_cache.dtype == torch.uint8, (kv_cache.shape, layout)
+        if self._options.wire_dtype != "auto":
+            packing.check(layout)
+            packing.prove(layout, kv_cache.device)
         if self._is_prefill:
             self._sender = Sender(
                 rank=self._rank, tp_size=self._tp_size, layout=layout, cache=kv_cache, backends=self._backends,
@@ -208,5 +212,6 @@ def make_worker_connector(
         raise ConfigError(explain_missing(TRACKER_VARIABLE, os.environ))
     host = options.coordinator_addr.host if options.coordinator_addr is not None else "127.0.0.1"
     wanted = config.runtime.device
-    backends = make_backends(options.backend, host, on_gpu=wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()))
+    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    backends = make_backends(options.backend, host, on_gpu=on_gpu, is_packed=options.wire_dtype != "auto")
     return KVWorkerConnector(config, rank, tp_size, backends, recorder, wake, ipc_dir)

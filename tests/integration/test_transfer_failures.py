@@ -18,7 +18,7 @@ from transfer_nodes import COMM_KEY, LAYERS, Node, connect, make_pair, random_kv
 
 from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
-from ksana_lab.transfer import sessions
+from ksana_lab.transfer import sender, sessions
 from ksana_lab.transfer.backends.shm import ShmLink
 from ksana_lab.types import Role
 
@@ -58,15 +58,14 @@ def assert_clean(*nodes: Node) -> None:
 @pytest.mark.parametrize("backend", ["tcp", "shm"])
 def test_the_checksum_catches_a_flipped_bit(backend, monkeypatch):
     with make_pair(backend=backend, checksum=True) as (p, d):
-        sender = p.workers[0]._sender
-        take_notice = sender._notice
+        crc_of = sender.crc_of
 
-        def corrupt_after(link, flight, runs):
-            notice = take_notice(link, flight, runs)
-            p.caches[0].view(np.uint8).reshape(-1)[runs[0][0]] ^= 1
-            return notice
+        def corrupt_after(cache, spans):
+            crc = crc_of(cache, spans)
+            cache[int(spans[0][0])] ^= 1
+            return crc
 
-        monkeypatch.setattr(sender, "_notice", corrupt_after)
+        monkeypatch.setattr(sender, "crc_of", corrupt_after)
         on_p, on_d = begin(p, d, num_tokens=8)
         for node, seq in ((p, on_p), (d, on_d)):
             node.wait(lambda news, seq=seq: seq.seq_id in news.failed, "failure")

@@ -45,16 +45,20 @@ class ShmLink:
         self._target: np.ndarray | None = target
         self._lock = threading.Lock()  # held while a write copies
 
-    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
+    def write(
+        self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0), source: torch.Tensor | None = None
+    ) -> Ticket:
         copies = shifted(copies, shift)
         with self._lock:
-            source, target = self._source, self._target
-            if source is None or target is None:
+            origin, target = self._source, self._target
+            if origin is None or target is None:
                 raise TransferError("the link is closed")
+            if source is not None:
+                origin = source.numpy()
             if len(copies) and (int(copies[:, 1].min()) < 0 or int((copies[:, 1] + copies[:, 2]).max()) > self._stream.peer_bytes):
                 raise TransferError(f"a write outside the peer's cache of {self._stream.peer_bytes} bytes")
             for a, b, n in copies.tolist():
-                target[b : b + n] = source[a : a + n]
+                target[b : b + n] = origin[a : a + n]
         return DONE
 
     def examine(self, timeout_s: float) -> LinkReport:

@@ -38,11 +38,15 @@ class TcpLink:
         self._cache: torch.Tensor | None = cache  # None = closed
         self._stage = SlotPair(cache) if cache.is_cuda else None
 
-    def write(self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0)) -> Ticket:
-        """On a GPU ``after`` must be over: the caller waits for it."""
+    def write(
+        self, copies: Copies, window: int, after: Any = None, shift: tuple[int, int] = (0, 0), source: torch.Tensor | None = None
+    ) -> Ticket:
+        """On a GPU ``after`` must be over, unless there is a ``source``: the caller waits for a layer."""
         if not len(copies):
             return DONE
         copies = shifted(copies, shift)
+        if source is not None:
+            return self._stream.write(copies, window, _host_bytes(source, after))
         return self._stream.write(copies, window) if self._stage is None else self._write_staged(self._stage, copies, window)
 
     def _write_staged(self, stage: SlotPair, copies: Copies, window: int) -> Ticket:
@@ -82,6 +86,12 @@ class TcpLink:
     def close(self) -> None:
         self._stream.close()
         self._cache = self._stage = None
+
+
+def _host_bytes(source: torch.Tensor, after: Any) -> memoryview:
+    if after is not None:
+        after.synchronize()
+    return memoryview(source.cpu().numpy())  # type: ignore[arg-type]
 
 
 def _packed(copies: Copies) -> Copies:
