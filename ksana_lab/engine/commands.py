@@ -41,12 +41,15 @@ class StepCommand(msgspec.Struct, tag=True):
     num_tokens: list[int]
     samples: list[bool]
     transfer: TransferMeta | None = None
+    swap_out: list[tuple[int, int]] = []  # (device block, host block) to copy before anything runs
+    swap_in: list[tuple[int, int]] = []  # (host block, device block), likewise; never both in one step
 
 
 class SetCache(msgspec.Struct, tag=True):
-    """All ranks have said what they can hold; this many blocks it is."""
+    """All ranks have said what they can hold; this many blocks it is, and so many more in host memory."""
 
     num_blocks: int
+    num_host_blocks: int = 0
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -94,7 +97,7 @@ class CommandBuilder:
         """Call for every step that is executed, in order; for others ``note_gone``."""
         self.note_gone(out.gone)
         gone, self._gone = self._gone, []
-        command = StepCommand(out.step_id, gone, [], {}, [], [], [], [], out.transfer)
+        command = StepCommand(out.step_id, gone, [], {}, [], [], [], [], out.transfer, out.swap_out, out.swap_in)
         for item in out.scheduled:
             seq = item.seq
             if (num_told := self._num_blocks_told.get(seq.seq_id)) is None:

@@ -80,15 +80,18 @@ class Engine:
         cache = config.cache
         self.scheduler = Scheduler(
             config.scheduler,
-            BlockManager(executor.layout.num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching),
+            BlockManager(
+                executor.layout.num_blocks,
+                cache.block_size,
+                enable_prefix_caching=cache.enable_prefix_caching,
+                num_host_blocks=executor.num_host_blocks,
+            ),
             max_model_len=executor.worker.max_model_len,
             vocab_size=self._model.vocab_size,
             role=config.connector.role,
             connector=self._transfer or NoTransfer(),
             events=self._recorder,
         )
-        if config.scheduler.preemption_mode == "swap":
-            log.warning("preemption_mode swap is not available; preempted sequences are recomputed")
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -236,6 +239,11 @@ class Engine:
             connected=self._transfer.connected() if self._transfer is not None else [],
             transfer=self._transfer_stats(),
             now_ns=time.monotonic_ns(),
+            num_swapped=scheduler.num_swapped,
+            num_swap_outs=scheduler.num_swap_outs,
+            num_swap_ins=scheduler.num_swap_ins,
+            num_host_blocks=scheduler.blocks.host_pool.num_blocks,
+            num_free_host_blocks=scheduler.blocks.host_pool.num_free,
         )
 
     def _transfer_stats(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ksana_lab.config.engine import EngineConfig
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.core.step import SchedulerOutput
 from ksana_lab.engine.commands import CommandBuilder, FromRank, RankFailed, RankReady, RankSized, SetCache, Stop, ToRank
+from ksana_lab.engine.host_blocks import num_host_blocks
 from ksana_lab.engine.model_runner import PendingTokens
 from ksana_lab.engine.worker import Worker
 from ksana_lab.engine.worker_main import CONFIG_FILE, rank_address, rendezvous
@@ -112,7 +113,8 @@ class Executor:
             self.worker = Worker(config, 0, init_method=rendezvous(ipc_dir), ipc_dir=ipc_dir, recorder=recorder, wake=wake)
             num_blocks = self._agree_on_blocks()
             self.layout: KVLayout = self.worker.layout(num_blocks)
-            self.endpoints, self.devices = self._make_caches(num_blocks)
+            self.num_host_blocks = num_host_blocks(config, self.layout)
+            self.endpoints, self.devices = self._make_caches(num_blocks, self.num_host_blocks)
             self._is_ready = True
         except BaseException as error:
             explained = self._explain(error)
@@ -194,10 +196,10 @@ class Executor:
             counts.append(message.num_blocks)
         return min(counts)
 
-    def _make_caches(self, num_blocks: int) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    def _make_caches(self, num_blocks: int, num_host_blocks: int) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         assert self.worker is not None
-        self._tell(SetCache(num_blocks))
-        self.worker.set_cache(num_blocks)
+        self._tell(SetCache(num_blocks, num_host_blocks))
+        self.worker.set_cache(num_blocks, num_host_blocks)
         endpoints = [self.worker.endpoint()]
         devices = [(self.worker.device.index or 0, self.worker.device_name)]
         for message in self._await_all(RankReady):

@@ -14,6 +14,7 @@ from ksana_lab.attention.base import AttentionBackend, AttentionMetadata, Forwar
 from ksana_lab.core.step import StepTokens
 from ksana_lab.engine.commands import StepCommand
 from ksana_lab.engine.cuda_graph import DecodeGraphs
+from ksana_lab.engine.host_blocks import HostBlocks
 from ksana_lab.engine.input_batch import InputBatch, StepInputs
 from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.sampler import PLAIN_GREEDY, Sampled
@@ -41,12 +42,21 @@ class PendingTokens:
         else:
             self._tensors = tensors
 
+    @classmethod
+    def none_but_wait(cls, device: torch.device) -> PendingTokens:
+        """No tokens; ``result`` returns when the device has done all that is enqueued now."""
+        pending = cls([], [], None)
+        if device.type == "cuda":
+            pending._event = torch.cuda.Event()
+            pending._event.record()
+        return pending
+
     def result(self) -> StepTokens:
         """The step's tokens. The only place in the engine that waits for the device."""
-        if not self._tensors:
-            return StepTokens()
         if self._event is not None:
             self._event.synchronize()
+        if not self._tensors:
+            return StepTokens()
         token_ids, *logprobs = [tensor.tolist() for tensor in self._tensors]
         result = StepTokens(dict(zip(self._seq_ids, token_ids, strict=True)))
         if logprobs:
@@ -82,12 +92,13 @@ class ModelRunner:
         self.connector: WorkerConnector | None = None
         self._kv_layers: Sequence[Tensor] = ()
         self._brings_tokens_home = is_sampling_rank
+        self._host_blocks: HostBlocks | None = None
         self._graphs: DecodeGraphs | None = None
         self.layer_timer: LayerTimer | None = None  # only while something records
 
-    def set_cache(self, kv_layers: Sequence[Tensor], connector: WorkerConnector | None) -> None:
-        """``kv_layers``: per layer [num_blocks, 2, kv_heads, block_size, head_dim]."""
-        self._kv_layers, self.connector = kv_layers, connector
+    def set_cache(self, kv_layers: Sequence[Tensor], connector: WorkerConnector | None, host_blocks: HostBlocks | None = None) -> None:
+        """``kv_layers``: per layer [num_blocks, 2, kv_heads, block_size, head_dim]. ``host_blocks``: where they are swapped to."""
+        self._kv_layers, self.connector, self._host_blocks = kv_layers, connector, host_blocks
 
     def capture_graphs(self) -> None:
         """Make graphs of the decode steps. CUDA only, after ``set_cache``; all ranks of a group together."""
@@ -101,10 +112,13 @@ class ModelRunner:
     def execute(self, command: StepCommand) -> PendingTokens:
         """Enqueue one step; on a CPU it is done on return."""
         self.batch.apply(command)
+        if command.swap_out or command.swap_in:
+            assert self._host_blocks is not None
+            self._host_blocks.copy(command.swap_out, command.swap_in)
         if self.connector is not None:
             self.connector.begin_step(command.transfer)
         if not command.seq_ids:
-            return NO_TOKENS
+            return self._end_without_tokens(command)
         inputs = self.batch.prepare(command)
         # A last prompt chunk of one token counts as a decode; if its KV must be sent, somebody wants to hear of every layer.
         is_watched = command.transfer is not None and bool(command.transfer.sends)
@@ -113,12 +127,21 @@ class ModelRunner:
         else:
             hidden = self.forward(inputs, command.step_id)
             if not inputs.sample_seq_ids:
-                return NO_TOKENS
+                return self._end_without_tokens(command)
             sampled = self.sample(hidden, inputs)
         if not self._brings_tokens_home:
             return NO_TOKENS
         num_logprobs = [self.batch.sampling.num_logprobs(row) for row in inputs.sample_rows] if sampled.logprobs else []
         return PendingTokens(inputs.sample_seq_ids, num_logprobs, sampled)
+
+    def _end_without_tokens(self, command: StepCommand) -> PendingTokens:
+        """The scheduler takes the end of a step for the end of its copies out, on every rank: blocks go to a peer then."""
+        if not command.swap_out:
+            return NO_TOKENS
+        if not command.seq_ids:
+            assert self._host_blocks is not None
+            self._host_blocks.meet()
+        return PendingTokens.none_but_wait(self.device)
 
     def forward(self, inputs: StepInputs, step_id: int = -1) -> Tensor:
         """Hidden states [T, hidden] of the step's tokens."""

@@ -14,6 +14,7 @@ from ksana_lab.attention.base import default_backend
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.engine.commands import StepCommand
+from ksana_lab.engine.host_blocks import HostBlocks
 from ksana_lab.engine.kv_cache import allocate_plain, cpu_num_blocks, cuda_num_blocks, make_layer_views
 from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.model_runner import ModelRunner, PendingTokens
@@ -101,6 +102,7 @@ class Worker:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.tp = TPGroup.connect(rank, config.parallel.tensor_parallel_size, init_method, backend=backend)
         self.connector: WorkerConnector | None = None
+        self.host_blocks: HostBlocks | None = None
         try:
             model = load_model(
                 self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp,
@@ -143,14 +145,16 @@ class Worker:
             return cpu_num_blocks(options, block_bytes, scheduler.max_num_seqs, self.max_model_len)
         return cuda_num_blocks(options, block_bytes, self.device, self._measure_workspace())
 
-    def set_cache(self, num_blocks: int) -> None:
-        """Allocate ``num_blocks`` blocks, the same number on every rank."""
+    def set_cache(self, num_blocks: int, num_host_blocks: int = 0) -> None:
+        """Allocate ``num_blocks`` blocks, and ``num_host_blocks`` to swap them to; the same numbers on every rank."""
         self.kv_layout = self.layout(num_blocks)
         allocate = allocate_plain if self.connector is None else self.connector.allocate  # type: ignore[attr-defined]
         memory = allocate(self.kv_layout.total_bytes, self.device)
+        if num_host_blocks:
+            self.host_blocks = HostBlocks(memory, self.kv_layout, num_host_blocks, self.tp)
         if self.connector is not None:
             self.connector.register(memory, self.kv_layout)
-        self.runner.set_cache(make_layer_views(memory, self.kv_layout), self.connector)
+        self.runner.set_cache(make_layer_views(memory, self.kv_layout), self.connector, self.host_blocks)
         if self.device.type == "cuda":
             self._warm_up()
         log.info("rank %d on %s: %d KV blocks of %d tokens, %d MiB", self.rank, self.device, num_blocks, self.kv_layout.block_size,
@@ -195,6 +199,9 @@ class Worker:
         runner, self.runner = getattr(self, "runner", None), None  # type: ignore[assignment]
         if runner is not None and runner.layer_timer is not None:
             runner.layer_timer.close()
+        if self.host_blocks is not None:  # waits for the device; leaving the group has ended its waits for other ranks
+            self.host_blocks.close()
+            self.host_blocks = None
 
     def _measure_workspace(self) -> int:
         """Bytes that the largest step allocates beside weights and cache."""

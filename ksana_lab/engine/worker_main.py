@@ -82,7 +82,7 @@ class RankLoop:
                 if isinstance(command, Stop):
                     return
                 if isinstance(command, SetCache):
-                    worker.set_cache(command.num_blocks)
+                    worker.set_cache(command.num_blocks, command.num_host_blocks)
                     device = worker.device
                     self._send(RankReady(self.rank, device.index or 0, worker.device_name, worker.endpoint()))
                 elif isinstance(command, StepCommand):

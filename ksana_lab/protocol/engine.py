@@ -140,6 +140,11 @@ class EngineStatus(msgspec.Struct, tag=True):
     connected: list[str]  # comm keys whose two sides are connected
     transfer: dict[str, float]  # counters of the connector, by metric name
     now_ns: int
+    num_swapped: int = 0  # of those waiting: preempted, KV in host blocks
+    num_swap_outs: int = 0
+    num_swap_ins: int = 0
+    num_host_blocks: int = 0
+    num_free_host_blocks: int = 0
 
 
 class EngineFailed(msgspec.Struct, tag=True):
