@@ -91,6 +91,12 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return check
 
 
+def _preemption_mode(value: int) -> str:
+    if value not in (0, 1):
+        raise ValueError("must be 0 (swap) or 1 (recompute)")
+    return ("swap", "recompute")[value]
+
+
 def _not_negative(value: int) -> int:
     if value < 0:
         raise ValueError("must be 0 (all visible GPUs) or more")
@@ -109,8 +115,6 @@ _TRANSFER_QUEUES = "each pair has a queue of its own and send_thread_num threads
 _LORA = "LoRA adapters are not loaded"
 _NO_DRAFTS = "every step yields one token per sequence"
 _METRICS = "metrics are served at /metrics in Prometheus text, for a collector to scrape"
-_BLOCK_RESERVE = "the scheduler keeps no reserve: it admits while blocks are free and preempts the newest sequence when they run out"
-_NO_SWAP = "blocks are not swapped to host memory: a preempted sequence is recomputed"
 
 KEYS: dict[str, Key] = {
     # ---- setting.global
@@ -154,15 +158,17 @@ KEYS: dict[str, Key] = {
     "setting.batch_scheduler.max_pretransfer_batch_size": _to("scheduler.max_num_pretransfer_seqs", int),
     "setting.batch_scheduler.transfer_layer_chunk_size": _to("connector.layers_per_chunk", int),
     "setting.batch_scheduler.max_token_len": _to("model.max_model_len", int, _zero_is_none),
-    "setting.batch_scheduler.swapout_block_threshold": _not_implemented(float, 1.0, instead=_BLOCK_RESERVE),
-    "setting.batch_scheduler.swapin_block_threshold": _not_implemented(float, 2.0, instead=_BLOCK_RESERVE),
-    "setting.batch_scheduler.launch_block_threshold": _not_implemented(float, 2.0, instead=_BLOCK_RESERVE),
+    "setting.batch_scheduler.swapout_block_threshold": _not_implemented(
+        float, 1.0, instead="the newest sequence is preempted in the very step that lacks a block, none before"
+    ),
+    "setting.batch_scheduler.swapin_block_threshold": _to("scheduler.swap_in_spare_blocks", float),
+    "setting.batch_scheduler.launch_block_threshold": _to("scheduler.admission_spare_blocks", float),
     "setting.batch_scheduler.enable_auto_prefix_cache": _to("cache.enable_prefix_caching", bool),
     "setting.batch_scheduler.split_fuse_token_num": _to("scheduler.prefill_chunk_tokens", int),
-    "setting.batch_scheduler.swap_threadpool_size": _not_implemented(int, 2, instead=_NO_SWAP),
-    "setting.batch_scheduler.preempt_mode": Key(
-        int
-    ),  # see _preemption: the reference's default, 0, means swap only where there is swap space
+    "setting.batch_scheduler.swap_threadpool_size": _not_implemented(
+        int, 2, instead="blocks are swapped on the stream that computes, without threads"
+    ),
+    "setting.batch_scheduler.preempt_mode": _to("scheduler.preemption_mode", int, _preemption_mode),  # see also _swap_space
     "setting.batch_scheduler.min_flexible_cache_num": _not_implemented(int, 0, instead="only prefixes are found in the cache"),
     "setting.batch_scheduler.enable_speculative_decoding": _not_implemented(bool, False, instead=_NO_DRAFTS),
     "setting.batch_scheduler.mtp_step_num": _not_implemented(int, 0, instead=f"MTP layers are not run, {_NO_DRAFTS}"),
@@ -172,7 +178,7 @@ KEYS: dict[str, Key] = {
     "setting.block_manager.block_token_num": _to("cache.block_size", int),
     "setting.block_manager.reserved_device_memory_ratio": _to("cache.reserved_memory_ratio", float),
     "setting.block_manager.block_device_memory_ratio": _to("cache.device_memory_ratio", float),
-    "setting.block_manager.block_host_memory_factor": _not_implemented(float, 0.0, instead=_NO_SWAP),
+    "setting.block_manager.block_host_memory_factor": _to("cache.host_memory_factor", float),
     "setting.block_manager.dynamic_reusable_memory_ratio": _not_implemented(
         float, 1.0, instead="what a step needs besides weights and blocks is measured when the node starts"
     ),
@@ -296,7 +302,7 @@ def translate(tree: Mapping[str, Any], source: str, *, num_gpus: int | None = No
             origin[key.field] = (name, given[name])
         elif key.instead and value not in key.off:
             warnings.append(_warning(name, given[name], key.instead, source))
-    fields.update(_preemption(given, source, warnings))
+    fields.update(_swap_space(fields, given, source, warnings))
     fields.update(_kv_dtype(given, source, warnings))
     gpus = visible_gpus() if num_gpus is None and fields.get("runtime.device") != "cpu" else num_gpus or 0
     fields.update(_settled_devices(fields, gpus))
@@ -383,15 +389,18 @@ def _warning(name: str, value: Any, instead: str, source: str) -> str:
     return f"{_shown(name)}: {value!r} is not implemented: {instead} ({source})"
 
 
-def _preemption(given: Mapping[str, Any], source: str, warnings: list[str]) -> dict[str, Any]:
-    """``preempt_mode`` 0 means swap, but only where ``block_host_memory_factor`` (2.0 in the reference when absent) gives it room."""
-    name = "setting.batch_scheduler.preempt_mode"
-    mode = given.get(name, 1)
-    if type(mode) is not int or mode not in (0, 1):
-        raise ConfigError(f"{_shown(name)} must be 0 (swap) or 1 (recompute), got {mode!r} ({source})")
-    if mode == 0 and given.get("setting.block_manager.block_host_memory_factor", 2.0) > 0:
-        warnings.append(_warning(name, mode, _NO_SWAP, source))
-    return {"scheduler.preemption_mode": "recompute"}
+def _swap_space(fields: Mapping[str, Any], given: Mapping[str, Any], source: str, warnings: list[str]) -> dict[str, Any]:
+    """``preempt_mode`` and ``block_host_memory_factor`` where one is absent: 0 (swap) and 2.0 in the reference. A file with neither asks
+    for no host memory here, and its preempted sequences are recomputed."""
+    mode, factor = fields.get("scheduler.preemption_mode"), fields.get("cache.host_memory_factor")
+    if mode == "swap" and factor is None:
+        return {"cache.host_memory_factor": 2.0}
+    if mode is None and factor:
+        return {"scheduler.preemption_mode": "swap"}
+    if mode == "recompute" and factor:
+        name = "setting.block_manager.block_host_memory_factor"
+        warnings.append(f"{_shown(name)}: {given[name]!r} has no effect: preempt_mode is 1, so nothing is swapped ({source})")
+    return {}
 
 
 def _kv_dtype(given: Mapping[str, Any], source: str, warnings: list[str]) -> dict[str, Any]:

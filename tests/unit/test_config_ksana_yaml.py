@@ -89,9 +89,8 @@ def test_every_field_of_a_node_can_be_set_from_the_file():
                 fields.add(f"{prefix}{name}")
 
     walk(EngineConfig)
-    # Answered with a warning until they are implemented; preemption_mode is set by preempt_mode, cache.dtype by kv_cache.dtype.
-    pending = {"cache.dtype", "cache.host_memory_factor", "scheduler.preemption_mode"}
-    assert {key.field for key in KEYS.values() if key.field} == fields - pending
+    by_hand = {"cache.dtype"}  # see _kv_dtype
+    assert {key.field for key in KEYS.values() if key.field} == fields - by_hand
 
 
 def test_the_table_knows_every_key_of_the_specification():
@@ -135,16 +134,12 @@ NOT_IMPLEMENTED = {
     "connector.task_expire_sec": 10,
     "batch_scheduler.schedule_strategy": 1,
     "batch_scheduler.swapout_block_threshold": 2.0,
-    "batch_scheduler.swapin_block_threshold": 1.0,
-    "batch_scheduler.launch_block_threshold": 1,
     "batch_scheduler.swap_threadpool_size": 8,
-    "batch_scheduler.preempt_mode": 0,
     "batch_scheduler.min_flexible_cache_num": 64,
     "batch_scheduler.enable_speculative_decoding": True,
     "batch_scheduler.mtp_step_num": 2,
     "batch_scheduler.enable_mtp_module": True,
     "batch_scheduler.enable_xgrammar": True,
-    "block_manager.block_host_memory_factor": 1.0,
     "block_manager.dynamic_reusable_memory_ratio": 0.5,
     "block_manager.lora_deivce_memory_ratio": 0.1,
     "block_manager.lora_host_memory_factor": 10.0,
@@ -198,11 +193,34 @@ def test_attributes_of_the_profiler_are_one_key():
     assert warned_keys(loaded) == ["profiler.attributes"]
 
 
-def test_swap_is_only_missed_where_there_would_be_swap_space():
-    with_space = tree({"batch_scheduler": {"preempt_mode": 0}})
-    without = tree({"batch_scheduler": {"preempt_mode": 0}, "block_manager": {"block_host_memory_factor": 0.0}})
-    assert warned_keys(translate(with_space, "f", num_gpus=0)) == ["batch_scheduler.preempt_mode"]
-    assert translate(without, "f", num_gpus=0).warnings == []
+@pytest.mark.parametrize(
+    ("mode", "factor", "expected"),
+    [
+        (None, None, ("recompute", 0.0)),
+        (0, None, ("swap", 2.0)),  # the reference's default
+        (0, 0.0, ("swap", 0.0)),  # no host blocks: the engine says that it recomputes
+        (0, 1.5, ("swap", 1.5)),
+        (None, 1.0, ("swap", 1.0)),
+        (None, 0.0, ("recompute", 0.0)),
+        (1, 0.0, ("recompute", 0.0)),
+    ],
+)
+def test_swap_wants_a_mode_and_room(mode, factor, expected):
+    sections = {"batch_scheduler": {"preempt_mode": mode}, "block_manager": {"block_host_memory_factor": factor}}
+    loaded = translate(tree(sections), "f", num_gpus=0)
+    assert (loaded.config.scheduler.preemption_mode, loaded.config.cache.host_memory_factor) == expected and loaded.warnings == []
+
+
+def test_room_for_swapping_without_swapping_is_answered_with_a_warning():
+    sections = {"batch_scheduler": {"preempt_mode": 1}, "block_manager": {"block_host_memory_factor": 1.0}}
+    loaded = translate(tree(sections), "f", num_gpus=0)
+    assert warned_keys(loaded) == ["block_manager.block_host_memory_factor"] and "preempt_mode is 1" in loaded.warnings[0]
+
+
+def test_the_block_thresholds_are_blocks_to_spare_for_each_sequence():
+    options = {"swapin_block_threshold": 3, "launch_block_threshold": 2.5}
+    scheduler = translate(tree({"batch_scheduler": options}), "f", num_gpus=0).config.scheduler
+    assert (scheduler.swap_in_spare_blocks, scheduler.admission_spare_blocks) == (3.0, 2.5)
 
 
 def test_units_are_converted():
@@ -315,7 +333,7 @@ def test_a_coordinator_must_be_an_ip():
         ({"connector": {"router_addr": "127.0.0.1:9080"}}, r"connector\.inference_addr is empty but router_addr is set"),
         ({"connector": {"communication_type": "rdma"}}, r"connector\.communication_type: must be nccl or zmq.*'rdma'"),
         ({"connector": 5}, "connector must hold keys, got 5"),
-        ({"batch_scheduler": {"preempt_mode": 2}}, r"preempt_mode must be 0 \(swap\) or 1"),
+        ({"batch_scheduler": {"preempt_mode": 2}}, r"preempt_mode: must be 0 \(swap\) or 1"),
         ({"global": {"tensor_para_size": -1}}, r"tensor_para_size: must be 0"),
         ({"quantization_config": {"kv_cache": {"dtype": "int8"}}}, r"kv_cache\.dtype: must be one of auto, fp8_e4m3, fp8_e5m2, got 'int8'"),
     ],
