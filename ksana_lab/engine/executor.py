@@ -159,12 +159,13 @@ class Executor:
                 socket.send(msgspec.msgpack.encode(Stop()), zmq.NOBLOCK)
             except zmq.Again:  # nobody at the other end
                 pass
-        if self.worker is not None:
-            self.worker.close()
-            self.worker = None
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.close()
         deadline = time.monotonic() + (_STOP_TIMEOUT_S if self._is_ready else 0)  # one that is loading would not hear
         for child in self._children:
             child.stop(deadline)
+        del worker  # not before: the children may have its memory mapped
         for socket in self.sockets:
             socket.close(linger=0)
         self._children, self.sockets = [], []
@@ -247,7 +248,7 @@ class Executor:
             return
         worker = self.worker
         if worker is not None and worker.device.type == "cuda":
-            worker.tp.close()
+            worker.tp.abort()
         self._wake()
 
     def _explain(self, error: BaseException) -> BaseException:

@@ -26,8 +26,11 @@ from ksana_lab.types import TokenLogprob
 class PendingTokens:
     """Tokens on their way to the host. On CUDA the copy is enqueued behind the step; ``result`` waits for it."""
 
-    def __init__(self, seq_ids: list[int], num_logprobs: list[int], sampled: Sampled | None) -> None:
-        self._seq_ids, self._num_logprobs = seq_ids, num_logprobs
+    def __init__(
+        self, seq_ids: list[int], num_logprobs: list[int], sampled: Sampled | None, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """``check``: raises when what the device has computed is worthless."""
+        self._seq_ids, self._num_logprobs, self._check = seq_ids, num_logprobs, check
         self._event: torch.cuda.Event | None = None
         self._tensors: list[Tensor] = []
         if sampled is None:
@@ -55,6 +58,7 @@ class PendingTokens:
         """The step's tokens. The only place in the engine that waits for the device."""
         if self._event is not None:
             self._event.synchronize()
+            self._check()
         if not self._tensors:
             return StepTokens()
         token_ids, *logprobs = [tensor.tolist() for tensor in self._tensors]
@@ -132,7 +136,7 @@ class ModelRunner:
         if not self._brings_tokens_home:
             return NO_TOKENS
         num_logprobs = [self.batch.sampling.num_logprobs(row) for row in inputs.sample_rows] if sampled.logprobs else []
-        return PendingTokens(inputs.sample_seq_ids, num_logprobs, sampled)
+        return PendingTokens(inputs.sample_seq_ids, num_logprobs, sampled, self.model.tp.check)
 
     def _end_without_tokens(self, command: StepCommand) -> PendingTokens:
         """The scheduler takes the end of a step for the end of its copies out, on every rank: blocks go to a peer then."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _WORKSPACE_MARGIN = 1.1  # fragmentation, and kernels that allocate more at other shapes
 _MIN_WORKSPACE_BYTES = 256 << 20  # cuBLAS, NCCL, graphs
+_BY_SIZE_VARIABLE = "SELECT_ALL_REDUCE_BY_SIZE"  # its presence counts, as in the reference
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -104,6 +106,8 @@ class Worker:
         self.connector: WorkerConnector | None = None
         self.host_blocks: HostBlocks | None = None
         try:
+            if _BY_SIZE_VARIABLE in os.environ and config.runtime.all_reduce == "by_size":
+                self.tp.choose_all_reduce_by_size(self._largest_message(), self.dtype)
             model = load_model(
                 self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp,
                 quant_method=config.model.quant_method,
@@ -178,7 +182,8 @@ class Worker:
         return self.runner.execute(command)
 
     def check(self) -> None:
-        """Raises TransferError when this rank's connector has died. Never blocks."""
+        """Raises KsanaLabError when this rank's connector has died (TransferError), or a peer stayed away. Never blocks."""
+        self.tp.check()
         if self.connector is not None:
             self.connector.poll()
 
@@ -202,6 +207,12 @@ class Worker:
         if self.host_blocks is not None:  # waits for the device; leaving the group has ended its waits for other ranks
             self.host_blocks.close()
             self.host_blocks = None
+
+    def _largest_message(self) -> int:
+        """Bytes that ranks sum at once: a step's hidden states."""
+        scheduler = self.config.scheduler
+        num_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        return num_tokens * self.model_config.hidden_size * self.dtype.itemsize
 
     def _measure_workspace(self) -> int:
         """Bytes that the largest step allocates beside weights and cache."""
