@@ -45,7 +45,7 @@ _NUM_BURSTS = 3
 _MAX_METADATA_BYTES = 1 << 20
 _STALL_S = 30.0  # a write that NIXL has not finished by then fails its link
 _CLOSE_S = 5.0
-_LINGER_S = 2.0
+_LINGER_S = 1.0
 _MAX_PAUSE_S = 100e-6  # between two looks at writes that are under way
 # NIXL's progress thread sleeps on UCX's events and wakes by itself this often. Its Python API leaves the sleep at 0, which is one core that
 # spins in every process, for ever (docs/LOG.md).
@@ -366,11 +366,12 @@ class _Endpoint:
     def parse(cls, said: dict[str, Any]) -> _Endpoint:
         """Raises TransferError for what no endpoint can be."""
         try:
-            texts = {name: str(said[name]) for name in ("host", "secret", "kind")}
-            numbers = {name: int(said[name]) for name in ("port", "address", "num_bytes", "device_id")}
             if len(said["metadata"]) > 2 * _MAX_METADATA_BYTES:
                 raise ValueError(f"{len(said['metadata']) // 2} bytes of metadata")
-            endpoint = cls(**texts, **numbers, metadata=bytes.fromhex(said["metadata"]))
+            endpoint = cls(
+                host=str(said["host"]), port=int(said["port"]), secret=str(said["secret"]), metadata=bytes.fromhex(said["metadata"]),
+                kind=str(said["kind"]), address=int(said["address"]), num_bytes=int(said["num_bytes"]), device_id=int(said["device_id"]),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise TransferError(f"the decode rank's nixl endpoint is malformed: {error!r}") from error
         end = endpoint.address + endpoint.num_bytes
