@@ -229,7 +229,10 @@ class NodeServer:
             },
         }
         if status is not None:
-            fields = ("num_waiting", "num_running", "num_waiting_kv", "num_held", "num_blocks", "num_free_blocks", "num_leaked_blocks")
+            fields = (
+                "num_waiting", "num_running", "num_waiting_kv", "num_held", "num_swapped", "num_blocks", "num_free_blocks",
+                "num_host_blocks", "num_free_host_blocks", "num_leaked_blocks",
+            )  # fmt: skip
             state["engine"] |= {name: getattr(status, name) for name in fields}
         if registrar is not None:
             state["router"] = {

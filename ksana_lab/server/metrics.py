@@ -72,9 +72,14 @@ _GAUGES = {
     "ksana_lab_kv_blocks": ("num_blocks", "KV blocks in all"),
     "ksana_lab_kv_blocks_free": ("num_free_blocks", "KV blocks free, cached ones included"),
     "ksana_lab_kv_blocks_leaked": ("num_leaked_blocks", "Self-check of free + used + held = total: anything but 0 is a bug"),
+    "ksana_lab_sequences_swapped": ("num_swapped", "Of those queued: sequences whose KV is in host blocks"),
+    "ksana_lab_host_blocks": ("num_host_blocks", "Blocks of host memory to swap to"),
+    "ksana_lab_host_blocks_free": ("num_free_host_blocks", "Host blocks free"),
 }
 _COUNTERS = {
     "ksana_lab_preemptions": ("num_preemptions", "Sequences put back for lack of blocks"),
+    "ksana_lab_swap_outs": ("num_swap_outs", "Of the preemptions: sequences whose KV went to host blocks; the others are recomputed"),
+    "ksana_lab_swap_ins": ("num_swap_ins", "Sequences whose KV came back from host blocks"),
     "ksana_lab_prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     "ksana_lab_prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache"),
     "ksana_lab_prompt_tokens": ("prompt_tokens", "Prompt tokens taken in"),

@@ -37,6 +37,7 @@ _ENGINE_PHASES = {
     "TRANSFER_START": "waiting for KV",
     "DECODE_QUEUED": "decode",
     "PREEMPTED": "queueing",
+    "SWAPPED_IN": "decode",
     "FINISHED": None,
     "FAILED": None,
     "ABORTED": None,

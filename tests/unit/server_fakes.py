@@ -190,6 +190,7 @@ class FakeEngine:
             token=token, num_waiting=1, num_running=len(self._live), num_waiting_kv=2, num_held=3, num_blocks=64, num_free_blocks=60,
             num_leaked_blocks=0, num_preemptions=4, prefix_hit_tokens=5, prefix_query_tokens=6, prompt_tokens=7, generated_tokens=8,
             steps=9, connected=list(self.connected), transfer=dict(self.transfer), now_ns=time.monotonic_ns(),
+            num_swapped=1, num_swap_outs=3, num_swap_ins=2, num_host_blocks=10, num_free_host_blocks=9,
         )  # fmt: skip
 
     def _step(self) -> None:

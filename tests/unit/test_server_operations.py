@@ -37,6 +37,8 @@ async def test_metrics_count_requests_times_and_the_engines_state(tmp_path):
         assert seen[f"ksana_lab_{name}_seconds_count", "mixed"] == 1, name
     assert seen["ksana_lab_prefill_seconds_sum", "mixed"] == 0.002
     assert seen["ksana_lab_kv_blocks", "mixed"] == 64 and seen["ksana_lab_kv_blocks_leaked", "mixed"] == 0
+    assert seen["ksana_lab_sequences_swapped", "mixed"] == 1 and seen["ksana_lab_host_blocks_free", "mixed"] == 9
+    assert seen["ksana_lab_swap_outs_total", "mixed"] == 3 and seen["ksana_lab_swap_ins_total", "mixed"] == 2
     assert seen["ksana_lab_preemptions_total", "mixed"] == 4 and seen["ksana_lab_engine_up", "mixed"] == 1
     assert seen["ksana_lab_transfer_bytes_sent_total", "mixed"] == 7 and seen["ksana_lab_transfer_link_gbps", "mixed"] == 3.5
 
@@ -54,6 +56,7 @@ async def test_a_healthy_node_says_what_it_is(tmp_path):
     state = response.json()
     assert response.status_code == 200 and state["status"] == "healthy" and state["role"] == "mixed" and state["reasons"] == []
     assert state["engine"]["num_leaked_blocks"] == 0 and state["engine"]["num_blocks"] == 64
+    assert state["engine"]["num_swapped"] == 1 and state["engine"]["num_free_host_blocks"] == 9
 
 
 async def test_an_engine_that_says_nothing_is_not_healthy_and_metrics_still_answer(tmp_path):
