@@ -1,8 +1,15 @@
 """Which all-reduce a message takes, and that programs never share a place in memory. The kernels: tests/gpu/test_allreduce_gpu.py."""
 
-import pytest
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+import torch
+
+from ksana_lab.bench import allreduce
+from ksana_lab.errors import KsanaLabError
+from ksana_lab.layers import all_reduce
 from ksana_lab.layers.all_reduce_plan import NCCL, ONE_SHOT, PROGRAMS, TWO_SHOT, Areas, Report, SizeTable, fastest, ladder, launch
+from ksana_lab.layers.tp import TPGroup
 
 MIB = 1 << 20
 
@@ -37,7 +44,7 @@ def test_every_message_fits_its_programs_places(world, max_bytes, itemsize):
     areas = Areas.of(world, max_bytes)
     for algorithm, region in ((ONE_SHOT, areas.one_shot_region), (TWO_SHOT, areas.two_shot_region)):
         limit = areas.limit(algorithm) // itemsize
-        for n in {16, 4096, 4112, limit // 2 + 16, limit - 16, limit} & set(range(16, limit + 1)):
+        for n in (n for n in (16, 4096, 4112, limit // 2 + 16, limit - 16, limit) if 0 < n <= limit):
             shape = launch(algorithm, n, world)
             chunk = shape.share * (1 if algorithm == ONE_SHOT else world)
             assert shape.programs <= PROGRAMS and shape.programs * chunk >= n
@@ -51,3 +58,67 @@ def test_a_report_crosses_ranks_whole_and_names_what_was_wrong():
     assert Report.from_json(report.to_json()) == report
     text = "\n".join(report.lines())
     assert "8 KiB        9.5        4.0   one_shot" in text and "WRONG RESULTS: two_shot at 8 KiB" in text
+
+
+@pytest.fixture
+def memory():
+    areas = Areas.of(2, 1 << 20)
+    own = torch.zeros(areas.nbytes, dtype=torch.uint8)
+    return all_reduce.PeerMemory(0, areas, own, [own.data_ptr()] * 2, torch.zeros(1, dtype=torch.int32), lambda: None)
+
+
+@pytest.fixture
+def by_size(memory, monkeypatch):
+    ran = []
+    monkeypatch.setattr(memory, "run", lambda algorithm, x: ran.append(algorithm))
+    report = Report(2, "bfloat16", {}, {}, SizeTable(((16384, ONE_SHOT), (65536, TWO_SHOT))))
+    chooser = all_reduce.AllReduceBySize(memory, report, torch.bfloat16)
+    chooser.ran = ran
+    return chooser
+
+
+def test_each_size_takes_its_algorithm(by_size):
+    assert [by_size.reduce(torch.zeros(n, dtype=torch.bfloat16)) for n in (16, 8192, 8208, 32768, 32784)] == [True] * 4 + [False]
+    assert by_size.ran == [ONE_SHOT, ONE_SHOT, TWO_SHOT, TWO_SHOT]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(4096),
+        torch.zeros(4096, dtype=torch.bfloat16)[:4090],
+        torch.zeros(4096, dtype=torch.bfloat16)[1:3601],
+        torch.zeros(64, 128, dtype=torch.bfloat16).t(),
+        torch.zeros(0, dtype=torch.bfloat16),
+    ],
+    ids=["another type", "no multiple of 16", "not aligned", "not contiguous", "empty"],
+)
+def test_what_the_kernels_cannot_take_is_nccls(by_size, x):
+    assert not by_size.reduce(x) and by_size.ran == []
+
+
+def test_a_wait_in_vain_is_an_error_and_leaving_is_none(by_size, memory):
+    by_size.check()
+    memory.word.fill_(all_reduce.GAVE_UP)
+    with pytest.raises(KsanaLabError, match="rank 0: a peer did not come to an all-reduce"):
+        by_size.check()
+    memory.close()
+    memory.close()
+    by_size.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [({}, None), ({"host": "b"}, "different hosts"), ({"pid": 1}, "one process"), ({"gpu": "x"}, "share a GPU")]
+)
+def test_ranks_that_cannot_map_each_others_memory_are_told_apart(change, why):
+    reason = all_reduce.why_apart([{"host": "a", "pid": 1, "gpu": "x"}, {"host": "a", "pid": 2, "gpu": "y"} | change])
+    assert (reason is None) if why is None else why in reason
+
+
+def test_the_bench_says_why_there_is_nothing_to_compare(tmp_path):
+    def work(rank: int):
+        tp = TPGroup.connect(rank, 2, f"file://{tmp_path}/meeting", timeout_s=30)
+        return allreduce._measure(tp, 1 << 20, torch.bfloat16)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [(None, "the ranks are not on GPUs")] * 2
