@@ -5,6 +5,7 @@ subprocess: this package never loads torch."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,7 +23,14 @@ import psutil
 from ksana_lab.cluster import ports
 from ksana_lab.cluster.topology import NodeSpec, RouterSpec
 from ksana_lab.config.engine import EngineConfig
-from ksana_lab.config.environment import REQUIRED_VARIABLES, explain_missing, is_proxy, missing_variables, visible_gpus
+from ksana_lab.config.environment import (
+    INSTALL_NIXL,
+    REQUIRED_VARIABLES,
+    explain_missing,
+    is_proxy,
+    missing_variables,
+    visible_gpus,
+)
 from ksana_lab.errors import ConfigError
 from ksana_lab.types import NodeAddr, Role
 
@@ -254,6 +262,32 @@ def nccl_variables(env: Mapping[str, str], visible: int) -> list[Finding]:
     return findings
 
 
+# ---- transfer --------------------------------------------------------------------------------------------------------
+
+
+def transfer_package(config: EngineConfig) -> Finding:
+    """A backend that is an optional extra must be installed where it is asked for."""
+    backend = config.connector.backend
+    if backend == "nixl" and config.connector.role.is_disaggregated and importlib.util.find_spec("nixl") is None:
+        return error("communication_type nixl: NIXL is not installed", INSTALL_NIXL)
+    return ok(f"transfer backend {backend}")
+
+
+def nixl(timeout_s: float = 60.0) -> Finding:
+    """Whether the optional transfer backend can be loaded, tried in a process of its own."""
+    if importlib.util.find_spec("nixl") is None:
+        return ok(f"NIXL is not installed; only communication_type nixl needs it ({INSTALL_NIXL})")
+    script = "import importlib.metadata as m; from ksana_lab.transfer.backends.nixl import load; print(load().__name__, m.version('nixl'))"
+    try:
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return warn(f"NIXL could not be loaded within {timeout_s:g} s")
+    if run.returncode:
+        why = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit code {run.returncode}"
+        return warn(f"NIXL is installed and cannot be loaded ({why})", INSTALL_NIXL)
+    return ok(f"NIXL {run.stdout.split()[-1]}")
+
+
 # ---- the others ------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +385,7 @@ def node_preflight(config: EngineConfig, host: str, port: int, visible: int) -> 
 
 
 def _resources(config: EngineConfig, visible: int) -> list[Finding]:
-    return [model_dir(config.model.model_dir), heads_divide(config), gpus(config, visible)]
+    return [model_dir(config.model.model_dir), heads_divide(config), gpus(config, visible), transfer_package(config)]
 
 
 def process_preflight(spec: RouterSpec | NodeSpec, visible: int) -> list[Finding]:
@@ -366,7 +400,7 @@ def doctor(config: EngineConfig | None, env: Mapping[str, str], host: str | None
     visible = visible_gpus(env)
     findings = [*required_variables(env), proxies(env)]
     findings += _machine(visible) if config is None else _node(config, visible, host)
-    return [*findings, *torch_runtime(), *nccl_variables(env, visible), nsys()]
+    return [*findings, *torch_runtime(), *nccl_variables(env, visible), nixl(), nsys()]
 
 
 def _machine(visible: int) -> list[Finding]:

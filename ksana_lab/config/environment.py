@@ -19,6 +19,8 @@ REQUIRED_VARIABLES: dict[str, str] = {
 
 ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 
+INSTALL_NIXL = "pip install 'nixl>=1.5'"  # the optional transfer backend's package
+
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "ws_proxy", "wss_proxy")
 
 

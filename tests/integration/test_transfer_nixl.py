@@ -21,11 +21,12 @@ from test_transfer_end_to_end import send
 from test_transfer_failures import assert_clean, peer_process
 from transfer_nodes import Node, make_pair, random_kv, wait_for
 
+from ksana_lab.config.environment import INSTALL_NIXL
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import nixl
 from ksana_lab.types import Role, SamplingParams
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason=f"nixl is not installed: {nixl.INSTALL}")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason=f"nixl is not installed: {INSTALL_NIXL}")
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 WHOLE = 64 << 20

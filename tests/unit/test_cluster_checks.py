@@ -216,3 +216,23 @@ def test_refuse_lists_every_error_and_passes_warnings():
     checks.refuse([checks.ok("a"), checks.warn("b")])
     with pytest.raises(ConfigError, match="c; do this\nd"):
         checks.refuse([checks.error("c", "do this"), checks.warn("b"), checks.error("d")])
+
+
+# ---- the optional transfer backend -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("role", "level"), [(Role.DECODE, "error"), (Role.MIXED, "ok")])
+def test_nixl_asked_for_and_not_installed_stops_a_node_that_transfers(monkeypatch, role, level):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    finding = checks.transfer_package(config(backend="nixl", role=role))
+    assert finding.level == level
+    assert level == "ok" or finding.advice == "pip install 'nixl>=1.5'"
+    assert checks.transfer_package(config(backend="tcp", role=role)).level == "ok"
+
+
+def test_the_doctor_says_whether_nixl_can_be_loaded(monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert checks.nixl().level == "ok" and "only communication_type nixl needs it" in checks.nixl().text
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(checks.sys, "executable", "/bin/false")
+    assert checks.nixl().level == "warn" and "exit code 1" in checks.nixl().text

@@ -260,7 +260,7 @@ class CudaIpcBackend(ServedByStream):
         with self._lock:
             if self._copier is None:
                 self._copier = Copier(cache)
-        stream = StreamLink(dial(socket.AF_UNIX, f"\0{name}", timeout_s), secret, session, events, timeout_s)
+        stream = StreamLink(dial(socket.AF_UNIX, f"\0{name}", timeout_s), secret, session, events, timeout_s, is_kept=True)
         try:
             target = cuda_driver.driver().open(handle, device)
         except TransferError:

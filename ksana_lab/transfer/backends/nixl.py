@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from ksana_lab import cuda_driver
+from ksana_lab.config.environment import INSTALL_NIXL
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial, listen
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
@@ -39,7 +40,6 @@ from ksana_lab.transfer.plan import Copies
 
 log = logging.getLogger(__name__)
 
-INSTALL = "pip install 'nixl>=1.5'"
 _SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # behind the cache in the same memory: where a new link is measured
 _NUM_BURSTS = 3
 _MAX_METADATA_BYTES = 1 << 20
@@ -69,7 +69,7 @@ def load() -> Any:
     try:
         module = importlib.import_module("nixl")
     except ImportError as error:
-        raise TransferError(f"transfer backend nixl is not installed ({error}): {INSTALL}") from error
+        raise TransferError(f"transfer backend nixl is not installed ({error}): {INSTALL_NIXL}") from error
     if "NIXL_LOG_LEVEL" not in os.environ:
         logging.getLogger("nixl").setLevel(logging.WARNING)  # it prints to standard output
     return module

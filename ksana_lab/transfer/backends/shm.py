@@ -129,7 +129,7 @@ class ShmBackend(ServedByStream):
             raise TransferError(f"the decode rank's shm endpoint is malformed: {error!r}") from error
         source = np.frombuffer(host_view(cache, self.name), np.uint8)
         sock = dial(socket.AF_UNIX, f"\0{name}", timeout_s)
-        stream = StreamLink(sock, secret, session, events, timeout_s, max_fds=1)
+        stream = StreamLink(sock, secret, session, events, timeout_s, max_fds=1, is_kept=True)
         try:
             file_bytes = stream.peer_bytes + _SCRATCH_BYTES
             if len(stream.fds) != 1 or os.fstat(stream.fds[0]).st_size != file_bytes:
