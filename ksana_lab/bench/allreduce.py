@@ -100,12 +100,13 @@ def _rank(rank: int, size: int, is_cuda: bool, meeting: str, max_bytes: int, dty
 
 def _measure(tp: TPGroup, max_bytes: int, dtype: torch.dtype) -> tuple[str | None, str | None]:
     memory, reason = all_reduce.map_peers(tp, max_bytes)
-    if memory is None:
-        return None, reason
     try:
+        if memory is None:
+            return None, reason
         memory.compile(dtype)
         return all_reduce.measure(tp, memory, dtype).to_json(), None
     finally:
         tp.exchange(b"")  # nobody's memory goes while another may still write there
-        memory.close()
+        if memory is not None:
+            memory.close()
         tp.exchange(b"")
