@@ -1,12 +1,13 @@
 """KV transfer, measured: what the data plane reaches, what stays exposed behind a real prefill, what a client notices.
 
     python -m ksana_lab.bench transfer [--model qwen3-8b] [--backend auto] [--mode bulk,layer] [--tokens 1024,8192] [--gbps none,400]
-                                       [--parts link,overlap] [--end-to-end] [--csv FILE] [--figure FILE] [--json FILE]
+                                       [--parts link,overlap,fp8] [--end-to-end] [--csv FILE] [--figure FILE] [--json FILE]
 
 ``link``: two processes and a link between them; blocks scattered at random on both sides; descriptors, post time and wire time apart, held
 against one contiguous copy of the same bytes in the same run. ``overlap``: a prefill engine here and a decode engine in another process;
 prompts with the transfer on and off in turn, since clocks drift. ``--end-to-end``: a mixed node and a 1P1D pair, both behind routers, asked
-in turn. Weights are random; on a CPU the same code runs with the tiny model.
+in turn. ``fp8``: what KV in eight bits does to the logits, on a model directory of one's own with ``--model-dir``. Weights are random but
+there; on a CPU the same code runs with the tiny model.
 
 Hidden fraction = 1 - exposed / wire, with exposed the time from the last layer's end to the last byte's arrival, and wire the sum over the
 pieces. On a GPU both are taken by its clock; ``exposed_ms`` is the sender's own, up to the acknowledgement."""
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import torch
 
 from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
+from ksana_lab.bench.wire_dtype import measure as measure_fp8
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.models.synth import shape, synthesize
 from ksana_lab.protocol.engine import SequenceUpdate
@@ -57,7 +59,8 @@ class Row:
     mode: str
     tokens: int
     gbps: float | None = None
-    nbytes: int = 0
+    wire_dtype: str = "auto"
+    nbytes: int = 0  # on the wire
     descriptors: int = 0
     post_ms: float = 0.0
     wire_ms: float = 0.0
@@ -242,7 +245,7 @@ class Setting:
 
 
 def measure_overlap(
-    model_dir: str, backend: str, settings: Sequence[Setting], lengths: Sequence[int], device: str, rounds: int
+    model_dir: str, backend: str, settings: Sequence[Setting], lengths: Sequence[int], device: str, rounds: int, wire_dtype: str = "auto"
 ) -> Iterator[Row]:
     config = shape(*Path(model_dir).name.split("-", 1))
     longest = max(lengths)
@@ -250,13 +253,14 @@ def measure_overlap(
         model_dir, device=device, devices=(0, max(0, torch.cuda.device_count() - 1)), is_prefill_here=True,
         cache={"num_blocks": 3 * -(-longest // _BLOCK_SIZE) + 16, "block_size": _BLOCK_SIZE},
         scheduler={"max_num_batched_tokens": 16384, "max_num_seqs": 16, "waiting_timeout_s": 120.0},
-        connector={"backend": backend, "transfer_mode": "layer"}, model={"max_model_len": longest + 16},
+        connector={"backend": backend, "transfer_mode": "layer", "wire_dtype": wire_dtype}, model={"max_model_len": longest + 16},
         runtime={"num_threads": 0 if device == "cuda" else 1},
     )  # fmt: skip
     with pair:
         bench = _Overlap(pair, config.vocab_size)
         for length in lengths:
-            yield from bench.measure(length, settings, backend, rounds)
+            for row in bench.measure(length, settings, backend, rounds):
+                yield replace(row, wire_dtype=wire_dtype)
 
 
 class _Overlap:
@@ -431,9 +435,13 @@ def main(argv: Sequence[str]) -> int:
                 _keep(row, rows, args)
         if "overlap" in args.parts:
             settings = [Setting(mode, gbps) for gbps in args.gbps for mode in args.mode if gbps is None or mode != "auto"]
-            for row in measure_overlap(model_dir, args.backend, settings, args.tokens, args.device, args.rounds):
+            for row in measure_overlap(model_dir, args.backend, settings, args.tokens, args.device, args.rounds, args.wire_dtype):
                 _keep(row, rows, args)
         figures += named(rows)
+        if "fp8" in args.parts:
+            for name, unit, value in measure_fp8(args.model_dir or model_dir, args.device, prompt_tokens=max(args.tokens)):
+                print(f"{name:36s} {value:10.5f} {unit}", flush=True)
+                figures.append((name, unit, value))
         if args.end_to_end:
             for figure in measure_end_to_end(model_dir, args.tokens, args.device, args.rounds, args.rate_requests):
                 print(f"{figure[0]:32s} {figure[2]:10.3f} {figure[1]}", flush=True)
@@ -460,12 +468,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m ksana_lab.bench transfer", description="KV transfer, measured.")
     parser.add_argument("--model", default="qwen3-8b" if device == "cuda" else "qwen3-tiny", metavar="ARCH-SHAPE")
+    parser.add_argument("--model-dir", metavar="DIR", help="of fp8: a checkpoint instead of random weights of --model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--backend", default="auto", choices=("auto", "cuda_ipc", "shm", "tcp"))
     parser.add_argument("--mode", type=lambda text: text.split(","), default=["bulk", "chunk", "layer"], help="of bulk, chunk, layer, auto")
     parser.add_argument("--tokens", type=_numbers, default=[512, 2048, 8192] if device == "cuda" else [64, 256], help="prompt lengths")
     parser.add_argument("--gbps", type=_speeds, default=[None], help="emulated links, e.g. none,400,100,25 (none: the hardware's own)")
-    parser.add_argument("--parts", type=lambda text: text.split(",") if text else [], default=["link", "overlap"], help="of link, overlap")
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(",") if text else [], default=["link", "overlap"], help="of link, overlap, fp8"
+    )
+    parser.add_argument("--wire-dtype", choices=("auto", "fp8_e4m3"), default="auto", help="overlap: of KV on its way")
     parser.add_argument("--end-to-end", action="store_true", help="mixed against 1P1D through routers")
     parser.add_argument("--rate-requests", type=int, default=100, help="end to end: requests at 8 a second; 0 = none")
     parser.add_argument("--rounds", type=int, default=5)
@@ -486,7 +498,7 @@ def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
     """The figures that ``docs/results/transfer.json`` keeps, of the fastest backend measured first."""
     out: dict[str, tuple[str, float]] = {}
     for row in rows:
-        link = "" if row.gbps is None else f".{row.gbps:g}gbps"
+        link = ("" if row.gbps is None else f".{row.gbps:g}gbps") + ("" if row.wire_dtype == "auto" else f".{row.wire_dtype}")
         if row.part == "link":
             out.setdefault(f"bandwidth_ratio.{row.mode}.{row.tokens}", ("x", row.bandwidth_ratio))
             out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.nbytes / row.wire_ms / 1e6))
@@ -494,7 +506,7 @@ def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
             out[f"hidden_fraction.{row.mode}.{row.tokens}{link}"] = ("", row.hidden_fraction)
             out[f"exposed_ms.{row.mode}.{row.tokens}{link}"] = ("ms", row.exposed_ms)
             if row.gbps is None:
-                out[f"prefill_slowdown_pct.{row.mode}.{row.tokens}"] = ("%", row.slowdown_pct)
+                out[f"prefill_slowdown_pct.{row.mode}.{row.tokens}{link}"] = ("%", row.slowdown_pct)
     return [(name, unit, value) for name, (unit, value) in out.items()]
 
 

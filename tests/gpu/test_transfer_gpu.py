@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from ksana_lab.bench._engines import Pair
+from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.engine.llm import LLM
-from ksana_lab.models.synth import synthesize
+from ksana_lab.models.synth import shape, synthesize
+from ksana_lab.transfer import packing
+from ksana_lab.transfer.plan import HeadSlice, cells
 from ksana_lab.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -59,6 +62,45 @@ def test_a_pair_says_what_one_node_says_in_every_mode(backend, model_dir, alone)
                 said = [pair.generate([prompt], GREEDY)[0] for prompt in BATCH]
                 assert said == alone, (mode, checksum)
         pair.wait_clean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
+def test_kv_travels_in_eight_bits(backend, model_dir, alone):
+    """P's token is exact; D's may differ, since its KV does. What arrives is checked against the CPU's packing in the next test."""
+    with make_pair(model_dir, backend=backend, is_here=True, wire_dtype="fp8_e4m3") as pair:
+        worker = pair.engines["prefill"].engine.transfer_worker
+        for mode in MODES:
+            worker.reconfigure(worker.options.model_copy(update={"transfer_mode": mode}))
+            before = worker.stats()["bytes_sent"]
+            said = [pair.generate([prompt], GREEDY)[0] for prompt in BATCH]
+            assert [tokens[0] for tokens in said] == [tokens[0] for tokens in alone]
+            config = shape("qwen3", "0.6b")
+            whole = sum(map(len, BATCH)) * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+            assert 0.5 < (worker.stats()["bytes_sent"] - before) / whole < 0.51
+        pair.wait_clean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_gpu_packs_as_a_cpu_does(dtype):
+    layout = KVLayout(64, 4, 8, 16, 128, dtype)
+    numbers = torch.randn(layout.total_bytes // 2).to(getattr(torch, dtype)).view(torch.uint8)
+    whole, blocks, found = [HeadSlice(0, 0, 0, 0, 8)], random.Random(0).sample(range(64), 20), []
+    for device in ("cpu", "cuda"):
+        cache, target = numbers.to(device), torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
+        packer, unpacker = packing.Packer(cache, layout), packing.Unpacker(target)
+        for batch in packing.batches(layout, cells(layout, layout, whole, blocks, blocks, 5, 307, range(4))):
+            stage, event = packer.pack(batch, 0)
+            if event is not None:
+                event.synchronize()
+            for at, to, count in batch.copies.tolist():
+                target[to : to + count] = stage[at : at + count]
+            torch.cuda.synchronize()
+            unpacker.expand(*packing.read(layout, batch.describe(0)))
+        found.append(target.cpu().view(getattr(torch, dtype)).float())
+    torch.testing.assert_close(found[1], found[0], rtol=0.07, atol=1e-3)  # a tie may be rounded either way
+    assert (found[0] == found[1]).float().mean() > 0.999
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from test_transfer_end_to_end import send
 from test_transfer_failures import assert_clean, begin
 from transfer_nodes import Node, make_pair, random_kv, wait_for
 
+from ksana_lab.bench.wire_dtype import measure
 from ksana_lab.engine.llm import LLM
 from ksana_lab.errors import TransferError
 from ksana_lab.models.synth import shape
@@ -144,3 +145,10 @@ def test_engines_answer_over_eight_bits(tp, dtype):
         assert 1 / itemsize < ratio < 1.1 / itemsize  # scales; and filling where a prompt ends within a block
         assert [tokens[0] for tokens in said] == [tokens[0] for tokens in alone] and {len(tokens) for tokens in said} == {8}
         assert set(pair.leaks().values()) == {0}
+
+
+def test_logits_lose_what_four_bits_less_than_bfloat16_cost():
+    found = {name: value for name, _, value in measure(checkpoint("qwen3"), "cpu", prompt_tokens=100, steps=24, rounds=2)}
+    assert 0.5 < found["fp8_wire.bytes_ratio"] < 0.52
+    assert 8 < found["fp8_wire.logits_rms"] / found["bf16_cache.logits_rms"] < 24  # a step is 16 times as long
+    assert found["fp8_wire.kl"] < 0.05 and found["fp8_wire.top1"] > 0.6  # of random weights, whose logits lie close together

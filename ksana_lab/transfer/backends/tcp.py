@@ -46,7 +46,7 @@ class TcpLink:
             return DONE
         copies = shifted(copies, shift)
         if source is not None:
-            return self._stream.write(copies, window, _host_bytes(source, after))
+            return self._stream.write(copies, window, _host_bytes(source[: int((copies[:, 0] + copies[:, 2]).max())], after))
         return self._stream.write(copies, window) if self._stage is None else self._write_staged(self._stage, copies, window)
 
     def _write_staged(self, stage: SlotPair, copies: Copies, window: int) -> Ticket:
@@ -89,9 +89,13 @@ class TcpLink:
 
 
 def _host_bytes(source: torch.Tensor, after: Any) -> memoryview:
-    if after is not None:
-        after.synchronize()
-    return memoryview(source.cpu().numpy())  # type: ignore[arg-type]
+    if not source.is_cuda:
+        return memoryview(source.numpy())  # type: ignore[arg-type]
+    # A stream of its own: nothing else on the device is waited for.
+    with torch.cuda.device(source.device), torch.cuda.stream(torch.cuda.Stream()):
+        if after is not None:
+            after.synchronize()
+        return memoryview(source.cpu().numpy())  # type: ignore[arg-type]
 
 
 def _packed(copies: Copies) -> Copies:
