@@ -17,9 +17,18 @@ TIMEOUT_S = 60.0
 
 
 class EnginePair:
-    """``tp``: ranks of (P, D). Other options are fields of a section, e.g. ``cache={"block_size": 8}``."""
+    """``tp``: ranks of (P, D). Other options are fields of a section, e.g. ``cache={"block_size": 8}``. ``decode``: D's own sections, of a
+    pair that is not expected to connect."""
 
-    def __init__(self, *, arch: str = "qwen3", tp: tuple[int, int] = (1, 1), model_dir: str | None = None, **sections: dict) -> None:
+    def __init__(
+        self,
+        *,
+        arch: str = "qwen3",
+        tp: tuple[int, int] = (1, 1),
+        model_dir: str | None = None,
+        decode: dict[str, dict] | None = None,
+        **sections: dict,
+    ) -> None:
         self._stack = ExitStack()
         ports = PortPool()
         self._stack.callback(ports.close)
@@ -28,14 +37,16 @@ class EnginePair:
         self.engines: dict[str, Engine] = {}
         try:
             for role, size in zip(("prefill", "decode"), tp, strict=True):
-                config = _config(role, size, addresses[role], model_dir or checkpoint(arch), sections)
+                own = sections | (decode or {}) if role == "decode" else sections
+                config = _config(role, size, addresses[role], model_dir or checkpoint(arch), own)
                 self.engines[role] = engine = Engine(config)
                 self._stack.callback(engine.close)
             tuples = [(0, i, str(addresses[role])) for role, size in zip(addresses, tp, strict=True) for i in range(size)]
             update = PeerUpdate([PeerUpdate.Pair(self.comm_key, "comm-1", tuples)])
             for engine in self.engines.values():
                 engine.update_peers(update)
-            self.drive(lambda: all(engine.status().connected for engine in self.engines.values()))
+            if decode is None:
+                self.drive(lambda: all(engine.status().connected for engine in self.engines.values()))
         except BaseException:
             self.close()
             raise

@@ -95,3 +95,11 @@ def test_a_prefix_in_an_fp8_cache_is_found_again():
     assert generate_with_fp8_cache(batch, cache=caching, times=2) == expected
     with EnginePair(cache=FP8_CACHE | caching, connector={"backend": "shm"}) as pair:
         assert pair.generate(batch, GREEDY) == pair.generate(batch, GREEDY) == expected
+
+
+def test_an_fp8_cache_is_not_paired_with_another():
+    with EnginePair(cache=FP8_CACHE, decode={"cache": {"dtype": "auto"}}) as pair:
+        states = [engine.scheduler.connector.pairs for engine in pair.engines.values()]
+        pair.drive(lambda: all("differ" in state().get(pair.comm_key, "") for state in states))
+        for state in states:
+            assert "dtype is float8_e4m3fn on the prefill node and float32 on the decode node" in state()[pair.comm_key]
