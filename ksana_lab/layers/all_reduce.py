@@ -137,6 +137,7 @@ def connect(tp: TPGroup, max_bytes: int, dtype: torch.dtype) -> AllReduceBySize 
         if report is None or reason is not None:
             memory.close()
     if report is None or reason is not None:
+        tp.exchange(b"")  # own memory goes after the others have let go of it
         log.info("all-reduce is not chosen by size: %s", reason)
         return None
     if tp.rank == 0:
@@ -283,8 +284,8 @@ def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def _median_us(reduce: Callable[[Tensor], object], source: Tensor) -> float:
-    """Microseconds a call in a captured graph, median over replays. ``source`` is small enough that repeated sums stay finite."""
-    x = source * 1e-30
+    """Microseconds a call in a captured graph, median over replays; small numbers, so that repeated sums stay finite."""
+    x = source * 1e-4
     reduce(x)
 
     def run() -> None:
@@ -294,7 +295,7 @@ def _median_us(reduce: Callable[[Tensor], object], source: Tensor) -> float:
     graph = _capture(run)
     times = []
     for _ in range(_REPLAYS + 1):
-        x.copy_(source).mul_(1e-30)
+        x.copy_(source).mul_(1e-4)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
