@@ -90,11 +90,13 @@ def test_pipelined_steps_and_seeded_sampling():
     assert list(tokens.values()) == alone
 
 
-def test_a_decode_node_swaps_and_says_the_same(monkeypatch):
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_decode_node_swaps_and_says_the_same(monkeypatch, depth):
     monkeypatch.setenv("ENABLE_LAYER_TRACKER", "1")
     batch = prompts(6, seed=31, longest=40)
     options = {"cache": {"num_blocks": 15, "host_memory_factor": 2.0}, "scheduler": {"preemption_mode": "swap"}}
     with EnginePair(connector={"backend": "shm"}, **options) as pair:
+        pair.engines["decode"]._depth = depth
         assert pair.generate(batch, GREEDY) == expected(batch)
         assert pair.engines["decode"].status().num_swap_ins > 0
         assert all(is_clean(engine.status()) for engine in pair.engines.values())

@@ -39,10 +39,12 @@ def exchange(p: Node, d: Node) -> None:
     places=st.tuples(st.integers(1, 4), st.integers(0, 3)),
     chunk=st.sampled_from([0, 5]),
     max_len=st.sampled_from([24, 1 << 20]),
+    num_host_blocks=st.sampled_from([0, 9]),
 )
-def test_neither_waits_for_the_other(prompts, seed, blocks, places, chunk, max_len):
+def test_neither_waits_for_the_other(prompts, seed, blocks, places, chunk, max_len, num_host_blocks):
     orders = [random.Random(seed + i).sample(range(len(prompts)), len(prompts)) for i in range(2)]
     options = {"max_len": max_len, "max_num_seqs": places[0], "max_num_pretransfer_seqs": places[1], "prefill_chunk_tokens": chunk}
+    options["num_host_blocks"] = num_host_blocks
     p = Node(Role.PREFILL, prompts, orders[0], num_blocks=blocks[0], **options)
     d = Node(Role.DECODE, prompts, orders[1], num_blocks=blocks[1], **options)
     for _ in range(40 * len(prompts)):
