@@ -229,7 +229,8 @@ def _reference_s(link: Any, nbytes: int) -> float:
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        link.write(np.array([[0, 0, nbytes]], np.int64), WINDOW)
+        ticket = link.write(np.array([[0, 0, nbytes]], np.int64), WINDOW)
+        assert ticket.wait(_TIMEOUT_S), "a copy was not over in time"
         link._stream.ping(_TIMEOUT_S)
         times.append(time.perf_counter() - begin)
     return min(times)
