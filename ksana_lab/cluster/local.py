@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "KSANA_LAB_RUN_DIR"  # where a node makes its private folder; the cluster removes it with its own
 _STOP_GRACE_S = 10.0
+_NSYS_ATTEMPTS = 5
+_NSYS_LAUNCH_TIMEOUT_S = 30.0
+_NSYS_POLL_S = 0.05  # nsys offers nothing to wait on
 
 
 @dataclass(frozen=True)
@@ -187,20 +191,31 @@ class Cluster:
         config_path.write_text(spec.config_text(), encoding="utf-8")
         log_dir = self._log_dir or self._run_dir
         log_dir.mkdir(parents=True, exist_ok=True)
-        prefix, variables = [], {RUN_DIR_VARIABLE: str(self._run_dir)}
-        if self._nsys is not None and isinstance(spec, NodeSpec):
-            prefix, variables = self._nsys.prefix(spec.name), {**variables, **self._nsys.environment}
-        child = ChildProcess(
-            spec.name,
-            [*prefix, *self._program, *spec.arguments(config_path)],
-            env=child_environment(os.environ, variables),
-            log_path=log_dir / f"{spec.name}.log",
-            spawner=self._spawner,
-        )
-        child.start()
-        self._children[spec.name] = child
-        if self._nsys is not None and isinstance(spec, NodeSpec):
-            self._nsys.wait_open(spec.name)
+        variables = {RUN_DIR_VARIABLE: str(self._run_dir)}
+        nsys = self._nsys if isinstance(spec, NodeSpec) else None
+        for _attempt in range(_NSYS_ATTEMPTS if nsys else 1):
+            child = self._children[spec.name] = ChildProcess(
+                spec.name,
+                [*(nsys.prefix(spec.name) if nsys else ()), *self._program, *spec.arguments(config_path)],
+                env=child_environment(os.environ, {**variables, **(nsys.environment if nsys else {})}),
+                log_path=log_dir / f"{spec.name}.log",
+                spawner=self._spawner,
+            )
+            child.start()
+            if nsys is None or self._is_launched(child, config_path):
+                return
+            log.info("nsys gave %s up before it ran; starting it again", spec.name)
+            self._end_profiled({str(config_path)})
+            nsys.give_up(spec.name)
+
+    def _is_launched(self, child: ChildProcess, config_path: Path) -> bool:
+        """Whether nsys got as far as running the node. It launches one at a time: two that come up at once get into each other's way, and
+        even one alone ends now and then with an error of its own semaphores on a busy machine (2022.4: a launch in ten)."""
+        deadline = time.monotonic() + _NSYS_LAUNCH_TIMEOUT_S
+        while not _profiled({str(config_path)}) and time.monotonic() < deadline:
+            if wait_for_end([child], _NSYS_POLL_S):
+                return False
+        return True
 
     def _wait_ready(self, started: Sequence[ChildProcess], predecessor: str | None = None) -> None:
         """Until the router routes to all that runs here or elsewhere. ``predecessor``: an incarnation that must be forgotten by then.
@@ -252,7 +267,7 @@ class Cluster:
         atexit.unregister(self.close)
         if self._nsys is not None:
             self._nsys.stop()
-            self._end_profiled()
+            self._end_profiled({str(self._run_dir / f"{node.name}.yaml") for node in self.plan.nodes} if self._run_dir else set())
         nodes = [child for name, child in self._children.items() if name != self.plan.router.name]
         router = [child for name, child in self._children.items() if name == self.plan.router.name]
         for group in (nodes, router):  # nodes sign off at a router that still listens
@@ -268,14 +283,9 @@ class Cluster:
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
-    def _end_profiled(self) -> None:
+    def _end_profiled(self, config_paths: set[str]) -> None:
         """nsys starts a process as a child of its own agent and would kill it: ask the nodes themselves, so that they end in order."""
-        paths = {str(self._run_dir / f"{node.name}.yaml") for node in self.plan.nodes} if self._run_dir is not None else set()
-        nodes = []
-        for process in psutil.process_iter(["cmdline"]):
-            command = process.info["cmdline"] or []
-            if paths & set(command) and "python" in os.path.basename(command[0]):
-                nodes.append(process)
+        nodes = _profiled(config_paths)
         for process in nodes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
@@ -402,6 +412,16 @@ def _nsys_sessions(trace_dir: str | Path | None) -> NsysSessions:
     if trace_dir is None:
         raise ConfigError("nsys needs a trace_dir (--trace DIR): its reports are read together with the event logs there")
     return NsysSessions(trace_dir, has_gpus=visible_gpus() > 0)
+
+
+def _profiled(config_paths: set[str]) -> list[psutil.Process]:
+    """The nodes of these files that run, whoever started them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if config_paths & set(command) and "python" in os.path.basename(command[0]):
+            found.append(process)
+    return found
 
 
 def _remove_abandoned_run_dirs() -> None:

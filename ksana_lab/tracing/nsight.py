@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,7 @@ _INSTALL = (
     f"or name it with {NSYS_VARIABLE}=/path/to/nsys"
 )
 _COMMAND_TIMEOUT_S = 300.0
-_OPEN_TIMEOUT_S = 15.0
-_POLL_S = 0.05  # nsys offers nothing to wait on
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class NsysSessions:
         self._out = Path(out).absolute()
         self._trace = "nvtx,cuda,osrt" if has_gpus else "nvtx"
         self._sessions: dict[str, str] = {}
+        self._num_sessions = 0
         self._is_started = False
 
     @property
@@ -91,21 +90,16 @@ class NsysSessions:
         return {NVTX_VARIABLE: "1"}
 
     def prefix(self, name: str) -> list[str]:
-        """What to put before the command of process ``name``."""
-        session = self._sessions[name] = f"ksana-lab-{os.getpid()}-{name}".replace(".", "-")
+        """What to put before the command of process ``name``. Each call names a session of its own: one that failed may linger."""
+        self._num_sessions += 1
+        session = self._sessions[name] = f"ksana-lab-{os.getpid()}-{id(self) % 10**6}-{self._num_sessions}-{name}".replace(".", "-")
         return [self._nsys.path, "launch", f"--session-new={session}", f"--trace={self._trace}"]
-
-    def wait_open(self, name: str) -> None:
-        """Until nsys knows the session of ``name``, or for some seconds: two that come up at once get into each other's way (2022.4)."""
-        deadline = time.monotonic() + _OPEN_TIMEOUT_S
-        while self._sessions[name] not in _run([self._nsys.path, "sessions", "list"]).stdout and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
 
     def start(self) -> None:
         """Begin to collect. Raises ConfigError with nsys' own words."""
         self._out.mkdir(parents=True, exist_ok=True)
         for name, session in self._sessions.items():
-            done = _run(
+            done = _run_until_well(
                 [self._nsys.path, "start", f"--session={session}", f"--output={self._out / name}", "--force-overwrite=true",
                  "--sample=none", "--cpuctxsw=none"]
             )  # fmt: skip
@@ -116,23 +110,42 @@ class NsysSessions:
     def stop(self) -> list[Path]:
         """End the collection and export what there is; the SQLite files. May be called twice; says what went wrong, and goes on."""
         if not self._is_started:
+            for name in list(self._sessions):
+                self.give_up(name)
             return []
         self._is_started = False
-        return [path for name in self._sessions if (path := self._finish(name)) is not None]
+        paths = [path for name in self._sessions if (path := self._finish(name)) is not None]
+        self._sessions.clear()
+        return paths
+
+    def give_up(self, name: str) -> None:
+        """End a session that collects nothing: its agent would outlive a process that never ran."""
+        _run([self._nsys.path, "shutdown", f"--session={self._sessions.pop(name)}"])
 
     def _finish(self, name: str) -> Path | None:
-        stopped = _run([self._nsys.path, "stop", f"--session={self._sessions[name]}"])
+        stopped = _run_until_well([self._nsys.path, "stop", f"--session={self._sessions[name]}"])
         report, raw, database = (self._out / f"{name}{suffix}" for suffix in (".nsys-rep", ".qdstrm", ".sqlite"))
         if not report.exists() and raw.exists() and self._nsys.importer is not None:
             _run([self._nsys.importer, "-i", str(raw), "-o", str(report)])
         if not report.exists():
             log.warning("nsys left no report of %s: %s", name, (stopped.stderr or stopped.stdout).strip()[-500:])
             return None
-        exported = _run([self._nsys.path, "export", "--type=sqlite", "--force-overwrite=true", f"--output={database}", str(report)])
+        exported = _run_until_well(
+            [self._nsys.path, "export", "--type=sqlite", "--force-overwrite=true", f"--output={database}", str(report)]
+        )
         if not database.exists():
             log.warning("the report of %s was not exported: %s", name, (exported.stderr or exported.stdout).strip()[-500:])
             return None
         return database
+
+
+def _run_until_well(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """nsys trips over its own semaphores now and then, on a busy machine (2022.4); what it refuses for a reason it refuses again."""
+    for _attempt in range(_ATTEMPTS):
+        done = _run(command)
+        if done.returncode == 0:
+            break
+    return done
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
