@@ -64,4 +64,7 @@ def random_model(
 def _new_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, tp: TPGroup | None, quant_method: str) -> Decoder:
     model = Decoder(config, dtype=dtype, device=torch.device(device), tp=tp or TPGroup.single(), quant_method=quant_method)
     linear_fp8.prove(model, dtype, torch.device(device))
+    if quant_method != "auto":
+        total, narrow = linear_fp8.quantized_bytes(model)
+        logger.info("%d MiB of parameters, %d MiB of them in %s", total >> 20, narrow >> 20, quant_method)
     return model
