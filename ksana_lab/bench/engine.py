@@ -4,9 +4,10 @@ Floors: a decode step must read every weight and every cached key and value once
 multiplications (FLOPs over the rate of a large matrix product). Both ceilings are measured first, on random data. Weights are random, the
 prefix cache is off, sampling is greedy, ends of text are ignored.
 
-    python -m ksana_lab.bench engine [--model qwen3-8b …] [--parts decode,ttft,offline,served] [--json docs/results/engine.json]
+    python -m ksana_lab.bench engine [--models qwen3-8b …] [--parts decode,ttft,offline,served] [--json docs/results/engine.json]
 
-On two GPUs ``--tp 2`` measures decode steps on one and on two of them."""
+On two GPUs ``--tp 2`` measures decode steps on one and on two of them. ``--trial`` runs through every path with a tiny model and few steps
+on a CPU, to see that it works; its figures say nothing."""
 
 from __future__ import annotations
 
@@ -30,17 +31,46 @@ from typing import Any
 import torch
 
 from ksana_lab.config.engine import EngineConfig
+from ksana_lab.config.environment import ALLOCATOR_VARIABLE, engine_environment
 from ksana_lab.engine.engine import Engine
+from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.synth import SHAPES, synthesize
 from ksana_lab.protocol.engine import AddRequest
 from ksana_lab.types import SamplingParams
 
-CONTEXT = 1016  # mean tokens a decoding sequence has while it is measured
-STEPS = 160
-TTFT_LENGTHS = (512, 2048, 8192, 16384)
-_ROUNDS = 7
 _TURN_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured, and where."""
+
+    device: str = "cuda"
+    context: int = 1016  # mean tokens a decoding sequence has while it is measured
+    steps: int = 160
+    batches: tuple[int, ...] = (1, 8, 32, 128, 256)
+    small_batches: tuple[int, ...] = (1, 32, 256)
+    tp_batches: tuple[int, ...] = (1, 32)
+    lengths: tuple[int, ...] = (512, 2048, 8192, 16384)  # of prompts, for the time to the first token
+    rounds: int = 7
+    num_offline: int = 256
+    offline: tuple[int, int] = (1024, 256)  # tokens in, out
+    served: tuple[int, int] = (4096, 128)
+    num_served: int = 100
+    max_model_len: int = 20_480
+    max_batched_tokens: int = 16_384
+    num_blocks: int = 21_500
+    num_blocks_small: int = 40_000
+    num_blocks_tp: int = 6_000
+
+    @property
+    def max_num_seqs(self) -> int:
+        return max(*self.batches, self.num_offline)
+
+
+GPU = Scale()
+TRIAL = Scale("cpu", 60, 16, (1, 4), (1, 4), (1, 4), (64, 256), 2, 8, (32, 8), (128, 8), 8, 512, 256, 512, 512, 512)
 
 
 @dataclass
@@ -65,12 +95,13 @@ class Ceilings:
 
     @classmethod
     def measure(cls, device: torch.device) -> Ceilings:
-        """Read bandwidth of a reduction over 4 GiB; rate of an 8192³ product in bf16. Medians of 10 after warm-up."""
-        data = torch.randn(1 << 30, device=device)
+        """Read bandwidth of a reduction over 4 GiB; rate of an 8192³ product in bf16. Medians of 10 after warm-up. (A CPU: less.)"""
+        size = 8192 if device.type == "cuda" else 256
+        data = torch.randn(size << (17 if device.type == "cuda" else 10), device=device)
         read = data.numel() * 4 / _median_s(lambda: data.sum(), device)
-        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        b = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        rate = 2 * 8192**3 / _median_s(lambda: a @ b, device)
+        a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+        b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+        rate = 2 * size**3 / _median_s(lambda: a @ b, device)
         return cls(read, rate)
 
 
@@ -112,14 +143,14 @@ class Floors:
 
 
 @contextlib.contextmanager
-def engine(model_dir: str, *, num_blocks: int, max_num_seqs: int, device_ids: tuple[int, ...] = (), tp: int = 1) -> Iterator[Engine]:
+def engine(model_dir: str, scale: Scale, *, num_blocks: int, max_num_seqs: int, tp: int = 1) -> Iterator[Engine]:
     config = EngineConfig.model_validate(
         {
-            "model": {"model_dir": model_dir, "max_model_len": 20480},
+            "model": {"model_dir": model_dir, "max_model_len": scale.max_model_len},
             "parallel": {"tensor_parallel_size": tp},
             "cache": {"num_blocks": num_blocks},
-            "scheduler": {"max_num_batched_tokens": 16384, "max_num_seqs": max_num_seqs, "max_num_waiting": 1 << 20},
-            "runtime": {"device": "cuda", "device_ids": device_ids},
+            "scheduler": {"max_num_batched_tokens": scale.max_batched_tokens, "max_num_seqs": max_num_seqs, "max_num_waiting": 1 << 20},
+            "runtime": {"device": scale.device},
         }
     )
     running = Engine(config)
@@ -128,7 +159,8 @@ def engine(model_dir: str, *, num_blocks: int, max_num_seqs: int, device_ids: tu
     finally:
         running.close()
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Driver:
@@ -136,6 +168,8 @@ class Driver:
 
     def __init__(self, running: Engine) -> None:
         self.engine = running
+        assert running._executor is not None and running._executor.worker is not None
+        self._vocab_size = min(100_000, running._executor.worker.model_config.vocab_size)
         self.seen: dict[str, list[float]] = {}
         self._number = 0
         self._random = random.Random(0)
@@ -143,7 +177,7 @@ class Driver:
     def add(self, prompt: int, output: int, *, temperature: float = 0.0) -> str:
         name = f"bench-{self._number}"
         self._number += 1
-        ids = [self._random.randrange(1000, 100_000) for _ in range(prompt)]
+        ids = [self._random.randrange(self._vocab_size // 100, self._vocab_size) for _ in range(prompt)]
         sampling = SamplingParams(max_tokens=output, temperature=temperature, seed=self._number, ignore_eos=True)
         self.seen[name] = []
         refusal = self.engine.add(AddRequest(name, ids, sampling, time.monotonic_ns()))
@@ -163,31 +197,31 @@ class Driver:
         self.seen.clear()
 
 
-def decode_step_s(running: Engine, batch: int) -> float:
+def decode_step_s(running: Engine, batch: int, scale: Scale) -> float:
     """Seconds a step of ``batch`` decoding sequences, from the tokens' times: median over three runs of the mean over the steps."""
     runs = []
     for _ in range(3):
         driver = Driver(running)
-        names = [driver.add(CONTEXT - STEPS // 2, STEPS + 8) for _ in range(batch)]
+        names = [driver.add(scale.context - scale.steps // 2, scale.steps + 8) for _ in range(batch)]
         driver.run_until(lambda names=names, driver=driver: all(len(driver.seen[name]) >= 4 for name in names))  # type: ignore[misc]
         last = names[-1]
         begin, done = driver.seen[last][-1], len(driver.seen[last])
-        driver.run_until(lambda names=names, driver=driver, done=done: len(driver.seen[names[0]]) >= STEPS or not driver.seen)  # type: ignore[misc]
+        driver.run_until(lambda names=names, driver=driver, done=done: len(driver.seen[names[0]]) >= scale.steps or not driver.seen)  # type: ignore[misc]
         num_steps = len(driver.seen[last]) - done
         runs.append((driver.seen[last][-1] - begin) / num_steps)
         driver.finish()
     return statistics.median(runs)
 
 
-def replay_s(running: Engine, batch: int) -> float:
+def replay_s(running: Engine, batch: int, scale: Scale) -> float:
     """Seconds the GPU needs for the same step when nothing else goes on: its graph, replayed back to back."""
     runner = running._executor.worker.runner  # type: ignore[union-attr]
     graphs = runner._graphs
     assert graphs is not None, "decode graphs are off"
     size = next(s for s in graphs.sizes if s >= batch)
     graphs._seq_lens[:size].zero_()
-    graphs._seq_lens[:batch].fill_(CONTEXT)
-    blocks = -(-CONTEXT // running.scheduler.blocks.block_size)
+    graphs._seq_lens[:batch].fill_(scale.context)
+    blocks = -(-scale.context // running.scheduler.blocks.block_size)
     num_blocks = running.scheduler.blocks.num_blocks
     table = torch.randperm(num_blocks, device=graphs._block_tables.device)[: batch * blocks].view(batch, blocks)
     graphs._block_tables[:batch, :blocks] = table.int()
@@ -195,9 +229,9 @@ def replay_s(running: Engine, batch: int) -> float:
     return _median_s(graphs._graphs[size].replay, graphs._seq_lens.device, num=30)
 
 
-def ttft_s(running: Engine, length: int) -> float:
+def ttft_s(running: Engine, length: int, scale: Scale) -> float:
     times = []
-    for _ in range(_ROUNDS + 1):
+    for _ in range(scale.rounds + 1):
         driver = Driver(running)
         start = time.perf_counter()
         name = driver.add(length, 1)
@@ -220,49 +254,54 @@ def offline_run_s(running: Engine, lengths: Sequence[tuple[int, int]], temperatu
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def measure_8b(model_dir: str, parts: Sequence[str], floors: Floors) -> Iterator[Row]:
-    with engine(model_dir, num_blocks=21_500, max_num_seqs=256) as running:
+def measure_large(name: str, model_dir: str, parts: Sequence[str], floors: Floors, scale: Scale) -> Iterator[Row]:
+    with engine(model_dir, scale, num_blocks=scale.num_blocks, max_num_seqs=scale.max_num_seqs) as running:
         if "decode" in parts:
-            for batch in (1, 8, 32, 128, 256):
-                step = decode_step_s(running, batch)
-                yield Row(f"qwen3-8b.decode_ms.b{batch}", "ms", floors.decode_s(batch, CONTEXT) * 1e3, step * 1e3)
-                gpu = replay_s(running, batch)
-                yield Row(f"qwen3-8b.graph_ms.b{batch}", "ms", floors.decode_s(batch, CONTEXT) * 1e3, gpu * 1e3)
-            yield Row("cpu_exposed_pct.b256", "%", None, max(0.0, 100 * (1 - gpu / step)))
+            for batch in scale.batches:
+                floor = floors.decode_s(batch, scale.context) * 1e3
+                step = decode_step_s(running, batch, scale)
+                yield Row(f"{name}.decode_ms.b{batch}", "ms", floor, step * 1e3)
+                if scale.device == "cuda":
+                    gpu = replay_s(running, batch, scale)
+                    yield Row(f"{name}.graph_ms.b{batch}", "ms", floor, gpu * 1e3)
+                    if batch == scale.batches[-1]:
+                        yield Row(f"cpu_exposed_pct.b{batch}", "%", None, max(0.0, 100 * (1 - gpu / step)))
         if "ttft" in parts:
-            for length in TTFT_LENGTHS:
-                yield Row(f"qwen3-8b.ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ttft_s(running, length) * 1e3)
+            for length in scale.lengths:
+                yield Row(f"{name}.ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ttft_s(running, length, scale) * 1e3)
         if "offline" in parts:
-            times = [offline_run_s(running, [(1024, 256)] * 256) for _ in range(2)]
-            yield Row("qwen3-8b.offline_s", "s", floors.offline_s(256, 1024, 256), min(times))
+            times = [offline_run_s(running, [scale.offline] * scale.num_offline) for _ in range(2)]
+            yield Row(f"{name}.offline_s", "s", floors.offline_s(scale.num_offline, *scale.offline), min(times))
 
 
-def measure_small(model_dir: str, parts: Sequence[str], floors: Floors) -> Iterator[Row]:
-    with engine(model_dir, num_blocks=40_000, max_num_seqs=256) as running:
+def measure_small(name: str, model_dir: str, parts: Sequence[str], floors: Floors, scale: Scale) -> Iterator[Row]:
+    with engine(model_dir, scale, num_blocks=scale.num_blocks_small, max_num_seqs=scale.max_num_seqs) as running:
         if "decode" in parts:
-            for batch in (1, 32, 256):
-                step = decode_step_s(running, batch)
-                yield Row(f"qwen3-0.6b.decode_ms.b{batch}", "ms", floors.decode_s(batch, CONTEXT) * 1e3, step * 1e3)
-                yield Row(f"qwen3-0.6b.graph_ms.b{batch}", "ms", floors.decode_s(batch, CONTEXT) * 1e3, replay_s(running, batch) * 1e3)
+            for batch in scale.small_batches:
+                floor = floors.decode_s(batch, scale.context) * 1e3
+                yield Row(f"{name}.decode_ms.b{batch}", "ms", floor, decode_step_s(running, batch, scale) * 1e3)
+                if scale.device == "cuda":
+                    yield Row(f"{name}.graph_ms.b{batch}", "ms", floor, replay_s(running, batch, scale) * 1e3)
         if "offline" in parts:
             dice = random.Random(0)  # the workload of nano-vllm's benchmark
-            lengths = [(dice.randint(100, 1024), dice.randint(100, 1024)) for _ in range(256)]
+            longest = scale.offline[0]
+            lengths = [(dice.randint(longest // 10, longest), dice.randint(longest // 10, longest)) for _ in range(scale.num_offline)]
             num_outputs = sum(output for _, output in lengths)
             seconds = min(offline_run_s(running, lengths, temperature=0.6) for _ in range(2))
-            yield Row("qwen3-0.6b.offline_tok_s", "tokens/s", None, num_outputs / seconds)
+            yield Row(f"{name}.offline_tok_s", "tokens/s", None, num_outputs / seconds)
 
 
-def measure_tp(model_dir: str, tp: int) -> Iterator[Row]:
+def measure_tp(model_dir: str, tp: int, scale: Scale) -> Iterator[Row]:
     steps: dict[int, dict[int, float]] = {}
     for size in (1, tp):
-        with engine(model_dir, num_blocks=6_000, max_num_seqs=32, tp=size) as running:
-            steps[size] = {batch: decode_step_s(running, batch) for batch in (1, 32)}
-    for batch in (1, 32):
+        with engine(model_dir, scale, num_blocks=scale.num_blocks_tp, max_num_seqs=max(scale.tp_batches), tp=size) as running:
+            steps[size] = {batch: decode_step_s(running, batch, scale) for batch in scale.tp_batches}
+    for batch in scale.tp_batches:
         yield Row(f"tp{tp}.decode_ms.b{batch}", "ms", None, steps[tp][batch] * 1e3)
         yield Row(f"tp{tp}.decode_ratio.b{batch}", "x", 1 / tp, steps[tp][batch] / steps[1][batch])
 
 
-def measure_served(model_dir: str, floors: Floors) -> Iterator[Row]:
+def measure_served(name: str, model_dir: str, floors: Floors, scale: Scale) -> Iterator[Row]:
     """Over HTTP, client side: one mixed node, asked directly."""
     from ksana_lab.cluster.local import Cluster
     from ksana_lab.metrics.latency import tpot_s
@@ -270,31 +309,39 @@ def measure_served(model_dir: str, floors: Floors) -> Iterator[Row]:
     from ksana_lab.workload.loadgen import play
     from ksana_lab.workload.spec import WorkloadSpec
 
+    vocab_size = min(100_000, floors.model.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "mixed.yaml")
-        file.write_text(json.dumps(_served_cluster(model_dir)), encoding="utf-8")  # JSON is YAML
+        file.write_text(json.dumps(_served_cluster(model_dir, scale)), encoding="utf-8")  # JSON is YAML
         with Cluster.from_yaml(str(file)) as cluster:
             url = next(p["url"] for p in cluster.status()["processes"] if p["role"] == "mixed")
-            for length in TTFT_LENGTHS:
-                spec = _fixed(length, 8, num_requests=_ROUNDS, users=1, num_warmup=1)
-                times = [client_ttft_s(record) for record in play(url, WorkloadSpec.from_dict(spec), progress=False)]
+            for length in scale.lengths:
+                spec = _fixed(length, 8, num_requests=scale.rounds, users=1, num_warmup=1, vocab_size=vocab_size)
+                times = [client_ttft_s(record) for record in _all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))]
                 ours = statistics.median(t for t in times if t is not None)
-                yield Row(f"qwen3-8b.served_ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ours * 1e3)
-            spec = _fixed(4096, 128, num_requests=100, rate=4.0, num_warmup=2)
-            records = play(url, WorkloadSpec.from_dict(spec), progress=False)
-            for name, function in (("ttft", client_ttft_s), ("tpot", tpot_s)):
+                yield Row(f"{name}.served_ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ours * 1e3)
+            spec = _fixed(*scale.served, num_requests=scale.num_served, rate=4.0, num_warmup=2, vocab_size=vocab_size)
+            records = _all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
+            for kind, function in (("ttft", client_ttft_s), ("tpot", tpot_s)):
                 values = sorted(value for record in records if (value := function(record)) is not None)
                 for percent in (50, 99):
                     at = values[min(len(values) - 1, round(percent / 100 * (len(values) - 1)))]
-                    yield Row(f"qwen3-8b.served4rps.{name}_p{percent}_ms", "ms", None, at * 1e3)
+                    yield Row(f"{name}.served4rps.{kind}_p{percent}_ms", "ms", None, at * 1e3)
 
 
 def _fixed(prompt: int, output: int, **fields: Any) -> dict[str, Any]:
     lengths = {"prompt_tokens": {"kind": "fixed", "tokens": prompt}, "output_tokens": {"kind": "fixed", "tokens": output}}
-    return {**lengths, "vocab_size": 100_000, **fields}
+    return {**lengths, **fields}
 
 
-def _served_cluster(model_dir: str) -> dict[str, Any]:
+def _all_answered(records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
+    """A run with failed requests is no figure."""
+    failed = [record.error for record in records if record.error]
+    assert not failed, f"{len(failed)} of {len(records)} requests failed: {failed[0]}"
+    return records
+
+
+def _served_cluster(model_dir: str, scale: Scale) -> dict[str, Any]:
     return {
         "model_dir": model_dir,
         "start_timeout_s": 180,
@@ -302,9 +349,14 @@ def _served_cluster(model_dir: str) -> dict[str, Any]:
         "nodes": {"mixed": {"role": "mixed", "tensor_parallel_size": 1}},
         "setting": {
             "global": {"enable_cuda_graph": True},
-            "batch_scheduler": {"max_step_tokens": 16384, "max_batch_size": 256, "max_token_len": 20480, "split_fuse_token_num": 0},
+            "batch_scheduler": {
+                "max_step_tokens": scale.max_batched_tokens,
+                "max_batch_size": scale.max_num_seqs,
+                "max_token_len": scale.max_model_len,
+                "split_fuse_token_num": 0,
+            },
         },
-        "ksana_lab": {"device": "cuda", "num_blocks": 40_000},
+        "ksana_lab": {"device": scale.device, "num_blocks": scale.num_blocks_small, "num_threads": 0 if scale.device == "cuda" else 1},
     }
 
 
@@ -316,15 +368,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--models", default="qwen3-8b,qwen3-0.6b", help="of qwen3-8b, qwen3-0.6b")
     parser.add_argument("--parts", default="decode,ttft,offline,served", help="of decode, ttft, offline, served")
     parser.add_argument("--tp", type=int, default=0, metavar="N", help="measure decode on one GPU and on N instead")
+    parser.add_argument("--trial", action="store_true", help="qwen3-tiny on a CPU: does every path work?")
     parser.add_argument("--json", metavar="FILE", help="write the rows there; rows of other names are kept")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    environment = engine_environment(os.environ, has_cuda_graphs=True)
+    if "backend:" in os.environ.get(ALLOCATOR_VARIABLE, ""):  # torch has read it by now, and decode graphs need torch's own allocator
+        os.execve(sys.executable, [sys.executable, "-m", "ksana_lab.bench", "engine", *argv], environment)
+    os.environ.update(environment)
+    scale = TRIAL if args.trial else GPU
+    if not args.trial and not torch.cuda.is_available():
         print("error: bench engine measures a GPU, and torch sees none here", file=sys.stderr)
         return 2
-    parts, models = args.parts.split(","), args.models.split(",")
+    parts, models = args.parts.split(","), ["qwen3-tiny"] if args.trial else args.models.split(",")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in _all_rows(folder, models, parts, args.tp):
+        for row in _all_rows(folder, models, parts, args.tp, scale):
             print(_line(row), flush=True)
             rows.append(row)
             if args.json:
@@ -332,10 +390,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _all_rows(folder: str, models: Sequence[str], parts: Sequence[str], tp: int) -> Iterator[Row]:
-    ceilings = Ceilings.measure(torch.device("cuda"))
+def _all_rows(folder: str, models: Sequence[str], parts: Sequence[str], tp: int, scale: Scale) -> Iterator[Row]:
+    ceilings = Ceilings.measure(torch.device(scale.device))
     gc.collect()
-    torch.cuda.empty_cache()
+    if scale.device == "cuda":
+        torch.cuda.empty_cache()
     print(
         f"ceilings: read {ceilings.read_bytes_per_s / 1e12:.2f} TB/s, matmul {ceilings.matmul_flops_per_s / 1e12:.0f} TFLOP/s", flush=True
     )
@@ -344,13 +403,15 @@ def _all_rows(folder: str, models: Sequence[str], parts: Sequence[str], tp: int)
         model_dir = str(synthesize(Path(folder, name), arch, shape, has_weights=False))
         floors = Floors(SHAPES[name], ceilings)
         if tp:
-            yield from measure_tp(model_dir, tp)
-        elif name == "qwen3-8b":
-            yield from measure_8b(model_dir, parts, floors)
+            if name == models[0]:  # its rows carry no name
+                yield from measure_tp(model_dir, tp, scale)
+            continue
+        if name != "qwen3-8b" or scale is TRIAL:
+            yield from measure_small(name, model_dir, parts, floors, scale)
+        if name == "qwen3-8b" or scale is TRIAL:
+            yield from measure_large(name, model_dir, parts, floors, scale)
             if "served" in parts:
-                yield from measure_served(model_dir, floors)
-        else:
-            yield from measure_small(model_dir, parts, floors)
+                yield from measure_served(name, model_dir, floors, scale)
 
 
 def _line(row: Row) -> str:
@@ -364,7 +425,8 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     kept.update({row.name: asdict(row) for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "CPU"
+    machine = f"{where}, torch {torch.__version__}"
     result = {"date": datetime.date.today().isoformat(), "machine": machine, "commit": commit(), "rows": list(kept.values())}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -378,6 +440,11 @@ def commit() -> str:
 def _median_s(call: Callable[[], object], device: torch.device, num: int = 10) -> float:
     times = []
     for i in range(num + 3):
+        if device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+            continue
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()

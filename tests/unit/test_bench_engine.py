@@ -1,0 +1,27 @@
+"""What bench engine makes of its measurements. That its paths work: ``python -m ksana_lab.bench engine --trial`` (and with ``--tp 2``)."""
+
+import json
+
+import pytest
+
+from ksana_lab.bench.engine import GPU, Ceilings, Floors, Row, write_results
+from ksana_lab.models.synth import SHAPES
+
+
+def test_a_ratio_says_how_far_from_the_floor_or_below_the_ceiling():
+    assert Row("a", "ms", 4.0, 5.0).ratio == 1.25 and Row("b", "tokens/s", 100.0, 50.0).ratio == 2.0
+    assert Row("c", "ms", None, 5.0).ratio is None
+
+
+def test_newer_rows_take_the_place_of_those_of_their_name(tmp_path):
+    file = tmp_path / "results" / "engine.json"
+    write_results(file, [Row("a", "ms", 1.0, 2.0), Row("b", "ms", None, 3.0)])
+    write_results(file, [Row("a", "ms", 1.0, 1.5)])
+    assert [(row["name"], row["ours"]) for row in json.loads(file.read_text())["rows"]] == [("a", 1.5), ("b", 3.0)]
+
+
+def test_floors_of_the_8b_shape_are_its_bytes_and_multiplications():
+    floors = Floors(SHAPES["qwen3-8b"], Ceilings(4.15e12, 779e12))
+    assert floors.decode_s(1, GPU.context) * 1e3 == pytest.approx(3.7, rel=0.03)  # 15.1 GB of weights
+    assert floors.decode_s(256, GPU.context) * 1e3 == pytest.approx(13.0, rel=0.03)  # and 38 GB of keys and values
+    assert floors.prefill_s(16384) > 2 * floors.prefill_s(8192) and floors.prefill_s(1) == floors.decode_s(1, 0)
