@@ -147,9 +147,12 @@ def measure(shape: Shape, ceilings: Ceilings, batches: Sequence[int], context: i
     for batch in batches:
         yield from _between(shape, ceilings, batch)
         yield from _linears(shape, ceilings, batch)
+        yield from _fp8_linears(shape, ceilings, batch)
         yield _decode(shape, ceilings, batch, context)
+        yield _decode(shape, ceilings, batch, context, torch.float8_e4m3fn)
     for length in prompts:
         yield from _between(shape, ceilings, length)
+        yield from _fp8_linears(shape, ceilings, length)
         yield from _prefill(shape, ceilings, length)
 
 
@@ -213,20 +216,43 @@ def _linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
             yield Row(f"linear {name} {tokens} {type(config).__name__[:-6].lower()}{gate}", us, floor)
 
 
-def _decode(shape: Shape, ceilings: Ceilings, batch: int, context: int) -> Row:
+def _fp8_linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
+    """A layer's products over weights of 8 bits, with the quantisation of x where that is part of it. Floor: bytes, or multiplications at
+    twice the rate of bfloat16's."""
+    from ksana_lab.layers.linear_fp8 import FEW_ROWS, fp8_linear, quantize_rows
+
+    products = {
+        "qkv": (shape.qkv, shape.hidden),
+        "o": (shape.hidden, shape.num_heads * shape.head_dim),
+        "gate_up": (2 * shape.ffn, shape.hidden),
+        "down": (shape.hidden, shape.ffn),
+    }
+    for name, (n, k) in products.items():
+        copies = _copies(n * k)
+        weights = [quantize_rows(_random(n, k)) for _ in range(copies)]
+        x = _random(tokens, k)
+        floor = max(ceilings.bytes_us(n * k), ceilings.flops_us(tokens * n * k))
+        for kernel, few_rows in (("few rows", FEW_ROWS), ("tensor cores", 0)):
+            if tokens > FEW_ROWS and few_rows:
+                continue
+            yield Row(f"linear {name} {tokens} FP8 {kernel}",
+                      median_us(lambda i: fp8_linear(x, *weights[i], None, few_rows), copies), floor)  # noqa: B023  # fmt: skip
+
+
+def _decode(shape: Shape, ceilings: Ceilings, batch: int, context: int, dtype: torch.dtype = torch.bfloat16) -> Row:
     """One layer's attention; the plan, made once a step, is not in it."""
     from ksana_lab.attention.triton_decode import decode_attention, plan_decode
 
-    kv_bytes = batch * context * 2 * shape.num_kv_heads * shape.head_dim * 2
+    kv_bytes = batch * context * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
     copies = _copies(kv_bytes)
-    caches = [_cache(shape, batch, context) for _ in range(copies)]
+    caches = [_cache(shape, batch, context, dtype) for _ in range(copies)]
     q = _random(batch, shape.num_heads, shape.head_dim)
     pdl = _has_dependent_launch()
     lens = torch.full((batch,), context, dtype=torch.int32, device=_DEVICE)
     plan = plan_decode(lens, shape.num_heads, shape.num_kv_heads, shape.head_dim, _num_sms(), pdl=pdl)
     scale = shape.head_dim**-0.5
     us = median_us(lambda i: decode_attention(q, caches[i][0], caches[i][1], plan, scale, pdl=pdl), copies)
-    return Row(f"decode attention {batch} x {context}", us, ceilings.bytes_us(kv_bytes))
+    return Row(f"decode attention {batch} x {context}{' FP8' if dtype.itemsize == 1 else ''}", us, ceilings.bytes_us(kv_bytes))
 
 
 def _prefill(shape: Shape, ceilings: Ceilings, length: int) -> Iterator[Row]:
@@ -246,10 +272,10 @@ def _prefill(shape: Shape, ceilings: Ceilings, length: int) -> Iterator[Row]:
     yield Row(f"prefill attention {length} cuDNN", median_us(lambda _: cudnn_attention(q, k, v, scale, True), replays=5), floor)
 
 
-def _cache(shape: Shape, num_seqs: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cache(shape: Shape, num_seqs: int, length: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     """A layer of a cache, block tables in random order, and the slots of the first sequence's tokens."""
     each = -(-length // _BLOCK)
-    kv_layer = _random(num_seqs * each, 2, shape.num_kv_heads, _BLOCK, shape.head_dim)
+    kv_layer = _random(num_seqs * each, 2, shape.num_kv_heads, _BLOCK, shape.head_dim).to(dtype)
     tables = torch.randperm(num_seqs * each, device=_DEVICE).to(torch.int32).view(num_seqs, each)
     slots = (tables[0].long()[:, None] * _BLOCK + torch.arange(_BLOCK, device=_DEVICE)).flatten()[:length]
     return kv_layer, tables, slots
