@@ -40,7 +40,7 @@ def test_a_pair_with_fp8_weights_equals_one_node(tp):
         assert pair.generate(BATCH, GREEDY) == generate(checkpoint(), quant_method="fp8_e4m3")
 
 
-def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", times=1, **sections):
+def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", times=1, preempts=False, **sections):
     config = EngineConfig.model_validate(
         {
             "model": {"model_dir": checkpoint(arch), "quant_method": quant_method},
@@ -51,6 +51,7 @@ def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", time
     with LLM(config) as llm:
         for _ in range(times):
             answers = [result.outputs[0].token_ids for result in llm.generate(batch, GREEDY)]
+        assert (llm.engine.status().num_preemptions > 0) == preempts
         return answers
 
 
@@ -103,3 +104,11 @@ def test_an_fp8_cache_is_not_paired_with_another():
         pair.drive(lambda: all("differ" in state().get(pair.comm_key, "") for state in states))
         for state in states:
             assert "dtype is float8_e4m3fn on the prefill node and float32 on the decode node" in state()[pair.comm_key]
+
+
+@pytest.mark.parametrize("scheduler", [{"preemption_mode": "swap"}, {"preemption_mode": "recompute"}])
+def test_preempted_sequences_in_an_fp8_cache_go_on_as_if_nothing_had_been(scheduler):
+    """Keys that are computed again are rounded as they were, bit for bit."""
+    batch = prompts(5, seed=3)
+    few = {"num_blocks": 12, "host_memory_factor": 2.0}
+    assert generate_with_fp8_cache(batch, scheduler=scheduler, cache=few, preempts=True) == generate_with_fp8_cache(batch)
