@@ -40,7 +40,7 @@ def test_a_pair_with_fp8_weights_equals_one_node(tp):
         assert pair.generate(BATCH, GREEDY) == generate(checkpoint(), quant_method="fp8_e4m3")
 
 
-def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", times=1, preempts=False, **sections):
+def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", times=1, preempts=False, sampling=GREEDY, **sections):
     config = EngineConfig.model_validate(
         {
             "model": {"model_dir": checkpoint(arch), "quant_method": quant_method},
@@ -50,7 +50,7 @@ def generate_with_fp8_cache(batch=BATCH, arch="qwen3", quant_method="auto", time
     )
     with LLM(config) as llm:
         for _ in range(times):
-            answers = [result.outputs[0].token_ids for result in llm.generate(batch, GREEDY)]
+            answers = [result.outputs[0].token_ids for result in llm.generate(batch, sampling)]
         assert (llm.engine.status().num_preemptions > 0) == preempts
         return answers
 
@@ -110,5 +110,6 @@ def test_an_fp8_cache_is_not_paired_with_another():
 def test_preempted_sequences_in_an_fp8_cache_go_on_as_if_nothing_had_been(scheduler):
     """Keys that are computed again are rounded as they were, bit for bit."""
     batch = prompts(5, seed=3)
-    few = {"num_blocks": 12, "host_memory_factor": 2.0}
-    assert generate_with_fp8_cache(batch, scheduler=scheduler, cache=few, preempts=True) == generate_with_fp8_cache(batch)
+    few, longer = {"num_blocks": 14, "host_memory_factor": 2.0}, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    expected = generate_with_fp8_cache(batch, sampling=longer)
+    assert generate_with_fp8_cache(batch, sampling=longer, scheduler=scheduler, cache=few, preempts=True) == expected
