@@ -243,10 +243,11 @@ def test_links_to_one_agent_share_what_is_known_of_it(ends):
     assert ends.agents[1].calls[-1] == ("add", b"d")
 
 
-def test_a_link_is_measured_behind_the_cache(ends):
-    report = ends.link().examine(5)
-    assert report.bandwidth > 0 and report.round_trip_s > 0 and "DRAM to DRAM" in report.path
-    assert not ends.cache.any()
+@pytest.mark.parametrize(("change", "expected", "where"), [({}, 1e9, ""), ({"host_id": "elsewhere"}, None, " of another host")])
+def test_a_link_is_measured_behind_the_cache(ends, change, expected, where):
+    report = ends.link(**change).examine(5)
+    assert report.bandwidth > 0 and report.round_trip_s > 0 and report.expected == expected
+    assert report.path.endswith(f"DRAM to DRAM{where}") and not ends.cache.any()
 
 
 def test_closing_ends_what_is_under_way_and_may_be_said_twice(ends):

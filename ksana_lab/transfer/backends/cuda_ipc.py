@@ -245,7 +245,7 @@ class CudaIpcBackend(ServedByStream):
         self._server = StreamServer(listener, events, cache_bytes=cache.numel())
         device = cache.device.index or 0
         handle = cuda_driver.driver().export(cache.data_ptr(), device)
-        return {"name": name, "secret": self._server.secret, "handle": handle.hex(), "device": _uuid(device), "pid": os.getpid()}
+        return {"name": name, "secret": self._server.secret, "handle": handle.hex(), "device": gpu_uuid(device), "pid": os.getpid()}
 
     def connect(self, endpoint: dict[str, Any], cache: torch.Tensor, session: int, events: LinkEvents, timeout_s: float) -> Link:
         try:
@@ -256,7 +256,7 @@ class CudaIpcBackend(ServedByStream):
         if peer_pid == os.getpid():
             raise TransferError("cuda_ipc joins two processes; P and D are threads of one here")
         device = cache.device.index or 0
-        path, expected = _describe_path(device, peer_device)
+        path, expected = describe_path(device, peer_device)
         with self._lock:
             if self._copier is None:
                 self._copier = Copier(cache)
@@ -274,19 +274,20 @@ class CudaIpcBackend(ServedByStream):
         self._memory = self._copier = None
 
 
-def _uuid(device: int) -> str:
+def gpu_uuid(device: int) -> str:
+    """Names GPU ``device`` of this process to every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _describe_path(device: int, peer_uuid: str) -> tuple[str, float]:
+def describe_path(device: int, peer_uuid: str) -> tuple[str, float]:
     """How two GPUs reach each other, and bytes/s to be expected. Raises TransferError when they cannot. A peer GPU that this process does
     not see is left to the driver."""
     major = torch.cuda.get_device_capability(device)[0]
     nvlink = _NVLINK_BYTES_PER_S.get(major, _NVLINK_OTHER)
-    if _uuid(device) == peer_uuid:
+    if gpu_uuid(device) == peer_uuid:
         return "one GPU's own memory", _SAME_GPU_BYTES_PER_S
     for other in range(torch.cuda.device_count()):
-        if _uuid(other) == peer_uuid:
+        if gpu_uuid(other) == peer_uuid:
             if not torch.cuda.can_device_access_peer(device, other):
                 raise TransferError(f"GPU {device} has no peer access to GPU {other} ({peer_uuid}): use communication_type tcp or auto")
             if cuda_driver.driver().has_peer_atomics(device, other):  # NVLink has them, PCIe has not

@@ -34,9 +34,11 @@ import torch
 from ksana_lab import cuda_driver
 from ksana_lab.config.environment import INSTALL_NIXL
 from ksana_lab.errors import TransferError
+from ksana_lab.transfer.backends.cuda_ipc import describe_path, gpu_uuid
 from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial, listen
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
+from ksana_lab.transfer.registry import host_id
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ _MAX_PAUSE_S = 100e-6  # between two looks at writes that are under way
 # NIXL's progress thread sleeps on UCX's events and wakes by itself this often. Its Python API leaves the sleep at 0, which is one core that
 # spins in every process, for ever (docs/LOG.md).
 _PROGRESS_US = 5000
+_ONE_HOST_BYTES_PER_S = 1e9  # what any host of today gives within its memory, by UCX's slowest way
 
 
 @contextlib.contextmanager
@@ -323,9 +326,23 @@ class NixlLink:
             if not self._post(burst, (0, 0)).wait(timeout_s):
                 raise TransferError(f"a write of {nbytes >> 20} MiB to the decode rank was not over after {timeout_s:g} s")
             seconds.append(max(1e-9, time.perf_counter() - begin))
-        tls = os.environ.get("UCX_TLS")
-        path = f"NIXL, UCX {f'by UCX_TLS={tls}' if tls else 'by its own choice'}, {self._mover.kind} to {self._endpoint.kind}"
-        return LinkReport(path, nbytes / min(seconds[1:]), self._stream.round_trip_s(timeout_s))
+        tls, (between, expected) = os.environ.get("UCX_TLS"), self._describe()
+        path = f"NIXL, UCX {f'by UCX_TLS={tls}' if tls else 'by its own choice'}, {between}"
+        return LinkReport(path, nbytes / min(seconds[1:]), self._stream.round_trip_s(timeout_s), expected)
+
+    def _describe(self) -> tuple[str, float | None]:
+        """What lies between the caches, whatever UCX makes of it, and bytes/s that it should give."""
+        mover, endpoint = self._mover, self._endpoint
+        between = f"{mover.kind} to {endpoint.kind}"
+        if endpoint.host_id != host_id():
+            return f"{between} of another host", None
+        if endpoint.kind == mover.kind == "VRAM":
+            try:
+                path, expected = describe_path(mover.device_id, endpoint.gpu)
+            except TransferError:  # no peer access: UCX goes through host memory
+                return between, None
+            return f"{between}, {path}", expected
+        return between, _ONE_HOST_BYTES_PER_S
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._stream.notify(window, token, notice)
@@ -361,6 +378,8 @@ class _Endpoint:
     address: int
     num_bytes: int
     device_id: int
+    gpu: str
+    host_id: str
 
     @classmethod
     def parse(cls, said: dict[str, Any]) -> _Endpoint:
@@ -371,6 +390,7 @@ class _Endpoint:
             endpoint = cls(
                 host=str(said["host"]), port=int(said["port"]), secret=str(said["secret"]), metadata=bytes.fromhex(said["metadata"]),
                 kind=str(said["kind"]), address=int(said["address"]), num_bytes=int(said["num_bytes"]), device_id=int(said["device_id"]),
+                gpu=str(said["gpu"]), host_id=str(said["host_id"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise TransferError(f"the decode rank's nixl endpoint is malformed: {error!r}") from error
@@ -414,6 +434,7 @@ class NixlBackend(ServedByStream):
         return {
             "host": self._host, "port": listener.getsockname()[1], "secret": self._server.secret, "metadata": metadata.hex(),
             "kind": mover.kind, "address": mover.address, "num_bytes": mover.num_bytes, "device_id": mover.device_id,
+            "gpu": gpu_uuid(mover.device_id) if cache.is_cuda else "", "host_id": host_id(),
         }  # fmt: skip
 
     def connect(self, endpoint: dict[str, Any], cache: torch.Tensor, session: int, events: LinkEvents, timeout_s: float) -> Link:
