@@ -20,12 +20,14 @@ from ksana_lab.engine.kv_cache import allocate_plain, cpu_num_blocks, cuda_num_b
 from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.model_runner import ModelRunner, PendingTokens
 from ksana_lab.errors import ConfigError
+from ksana_lab.layers.start_up import choose_kernels
 from ksana_lab.layers.tp import TPGroup
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.key_range import fit_keys
 from ksana_lab.models.registry import load_model
 from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.transfer.base import WorkerConnector
+from ksana_lab.types import Role
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +161,7 @@ class Worker:
         if self.connector is not None:
             self.connector.register(memory, self.kv_layout)
         self.runner.set_cache(make_layer_views(memory, self.kv_layout), self.connector, self.host_blocks)
+        self.runner.peers_write = self.config.connector.role is Role.DECODE
         if self.device.type == "cuda":
             self._warm_up()
         log.info("rank %d on %s: %d KV blocks of %d tokens, %d MiB", self.rank, self.device, num_blocks, self.kv_layout.block_size,
@@ -176,6 +179,8 @@ class Worker:
             log.warning("no CUDA graphs: Triton kernels cannot be captured under PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync; unset it "
                         "in this process, or start the node with ksana_lab.launch, which does")  # fmt: skip
             return
+        if self.config.runtime.few_rows_linear:  # only in graphs: step by step the host is the limit, and their launches cost it more
+            choose_kernels(self.runner.model, self.tp)
         self.runner.capture_graphs()
 
     def execute(self, command: StepCommand) -> PendingTokens:

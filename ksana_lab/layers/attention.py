@@ -15,6 +15,8 @@ from ksana_lab.layers.rotary import rotate
 
 
 class PagedAttention(nn.Module):
+    pdl = False  # start_up.py sets it
+
     def __init__(
         self,
         layer: int,
@@ -63,7 +65,8 @@ class PagedAttention(nn.Module):
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
         eps = 0.0 if self.q_norm is None else self.q_norm.eps
-        q, k, v = fused.qk_norm_rope_store(qkv, self.num_heads, kv_layer, ctx.attn.slot_mapping, cos_sin, q_weight, k_weight, eps)
+        pdl = fused.is_dependent(self.pdl, qkv)
+        q, k, v = fused.qk_norm_rope_store(qkv, self.num_heads, kv_layer, ctx.attn.slot_mapping, cos_sin, q_weight, k_weight, eps, pdl)
         ctx.backend.remember(k, v, kv_layer)
         return q
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ksana_lab.layers.few_rows import Chosen
 from ksana_lab.layers.linear import linear, new_weight
 from ksana_lab.layers.piece import Piece
 from ksana_lab.layers.tp import TPGroup
@@ -53,6 +54,8 @@ class VocabEmbedding(VocabRows):
 
 
 class VocabHead(VocabRows):
+    own: Chosen | None = None
+
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> logits [S, vocab] in the model's dtype, whole on every rank."""
-        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size]
+        return self.tp.all_gather(linear(hidden, self.weight, own=self.own))[:, : self.vocab_size]

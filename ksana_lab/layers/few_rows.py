@@ -5,11 +5,14 @@ Plain decisions, no GPU needed; measured on an H200 with the shapes of Qwen3-8B 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+ROW_CLASSES = (1, 8, 16, 32)  # numbers of rows that one kernel serves end here; captured batch sizes do not straddle them
 PLAIN, SILU_MUL = 0, 1  # y = x W^T; or silu(x G^T) * (x U^T) with W = G | U stacked
 
 
@@ -54,6 +57,22 @@ def choose(num_rows: int, n: int, k: int, epilogue: int, num_sms: int, has_hoppe
     if n >= 65536:
         return TileConfig(32, 64, 128, 1, 4)
     return TileConfig(32, 64, 128, 4, 4) if k >= 8192 else None
+
+
+class Chosen:
+    """A layer's own kernels, as start_up.py found them right and fast. ``config`` is None where cuBLAS does it."""
+
+    def __init__(self, by_class: Mapping[int, TileConfig | StreamConfig], counters: Tensor, pdl: bool) -> None:
+        self._by_class, self._counters, self._pdl = dict(by_class), counters, pdl
+
+    def config(self, num_rows: int) -> TileConfig | StreamConfig | None:
+        at = bisect_left(ROW_CLASSES, num_rows)
+        return self._by_class.get(ROW_CLASSES[at]) if at < len(ROW_CLASSES) else None
+
+    def run(self, x: Tensor, weight: Tensor, epilogue: int = PLAIN) -> Tensor | None:
+        """As ``linear``; None where there is no kernel for so many rows."""
+        config = self.config(x.shape[0])
+        return None if config is None else linear(x, weight, config, self._counters, epilogue, self._pdl)
 
 
 def new_counters(n: int, device: torch.device) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from ksana_lab.attention.cache_dtype import to_cache
 from ksana_lab.layers.race import race
 
+_MAX_DEPENDENT_ROWS = 512
+
 # ---- plain torch: what runs on a CPU, and what the kernels are tested against ----------------------------------------------------
 
 
@@ -37,6 +39,11 @@ def store_kv_torch(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor)
     block, offset = slot_mapping[kept] // kv_layer.shape[3], slot_mapping[kept] % kv_layer.shape[3]
     kv_layer[block, 0, :, offset] = to_cache(k[kept], kv_layer.dtype)
     kv_layer[block, 1, :, offset] = to_cache(v[kept], kv_layer.dtype)
+
+
+def is_dependent(pdl: bool, x: Tensor) -> bool:
+    """Dependent launch pays where kernels are short: in steps of decodes."""
+    return pdl and x.shape[0] <= _MAX_DEPENDENT_ROWS
 
 
 # ---- the functions models call ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ksana_lab.layers.activation import SiluAndMul
+from ksana_lab.layers.few_rows import SILU_MUL, Chosen
 from ksana_lab.layers.piece import Piece
 from ksana_lab.layers.tp import TPGroup
 
@@ -19,8 +21,10 @@ from ksana_lab.layers.tp import TPGroup
 _MIN_CPU_ROWS = 8
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] -> [T, out]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, own: Chosen | None = None) -> Tensor:
+    """x [T, in] -> [T, out]. ``own``: what start_up.py has chosen for this weight, which then has no bias."""
+    if own is not None and (y := own.run(x, weight)) is not None:
+        return y
     num_rows = x.shape[0]
     if num_rows >= _MIN_CPU_ROWS or x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -54,9 +58,10 @@ class QKVLinear(nn.Module):
         self.starts = (tp.rank * self.rows[0], first_kv_row, first_kv_row)
         self.weight = new_weight(sum(self.rows), hidden_size, dtype=dtype, device=device)
         self.bias = new_weight(sum(self.rows), dtype=dtype, device=device) if has_bias else None
+        self.own: Chosen | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.own)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """``prefix`` is the attention's; the checkpoint keeps q_proj, k_proj and v_proj apart."""
@@ -77,9 +82,17 @@ class GateUpLinear(nn.Module):
         self.width = width
         self.start = tp.rank * (width // tp.size)
         self.weight = new_weight(2 * (width // tp.size), hidden_size, dtype=dtype, device=device)
+        self.activation = SiluAndMul()
+        self.own: Chosen | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, [T, local_width]; of few rows in one kernel."""
+        if self.own is not None and (y := self.own.run(x, self.weight, SILU_MUL)) is not None:
+            return y
+        return self.activation(self(x))
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         gate, up = self.weight.chunk(2)
@@ -96,10 +109,11 @@ class RowLinear(nn.Module):
         self.in_size = in_size
         self.weight = new_weight(out_size, in_size // tp.size, dtype=dtype, device=device)
         self.bias = new_weight(out_size, dtype=dtype, device=device) if has_bias else None
+        self.own: Chosen | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias joins on one rank only, so that the sum holds it once.
-        return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+        return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None, self.own))
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         out_size, share = self.weight.shape

@@ -14,6 +14,8 @@ from ksana_lab.layers.piece import Piece
 
 
 class RMSNorm(nn.Module):
+    pdl = False  # start_up.py sets it
+
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = eps
@@ -23,9 +25,10 @@ class RMSNorm(nn.Module):
         """(norm(x + residual), x + residual), both [T, size]; without a residual the sum is x itself. On a GPU one kernel does both, and
         the sum takes the residual's place in memory."""
         if x.is_cuda:
+            pdl = fused.is_dependent(self.pdl, x)
             if residual is None:
-                return fused.rms_norm(x, self.weight, self.eps), x
-            return fused.add_rms_norm(x, residual, self.weight, self.eps), residual
+                return fused.rms_norm(x, self.weight, self.eps, pdl), x
+            return fused.add_rms_norm(x, residual, self.weight, self.eps, pdl), residual
         total = x if residual is None else x + residual
         return self.normalize(total), total
 

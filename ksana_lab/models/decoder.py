@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ksana_lab.attention.base import ForwardContext
-from ksana_lab.layers.activation import SiluAndMul
 from ksana_lab.layers.attention import PagedAttention
 from ksana_lab.layers.embedding import VocabEmbedding, VocabHead
 from ksana_lab.layers.linear_fp8 import LINEARS, Linears
@@ -46,11 +45,10 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, linears: Linears, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.gate_up = linears.gate_up(config.hidden_size, config.intermediate_size, tp, dtype, device)
-        self.activation = SiluAndMul()
         self.down = linears.row(config.intermediate_size, config.hidden_size, False, tp, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x)))
+        return self.down(self.gate_up.activated(x))
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         yield from self.gate_up.pieces(prefix)
