@@ -195,7 +195,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
             findings.append(checks.error(str(error)))
     env = dict(os.environ)
     drop_proxies(os.environ)
-    findings = [*checks.doctor(config, env, args.host), *findings]
+    findings = [*checks.doctor(config, env, args.host, args.nsys), *findings]
     for finding in findings:
         print(finding)
     return 1 if checks.errors_of(findings) else 0
@@ -385,6 +385,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     _add_config_options(parser, required=False)
+    parser.add_argument("--nsys", action="store_true", help="also record something under Nsight Systems and look into the report")
     parser.set_defaults(run=_run_doctor)
 
 

@@ -32,6 +32,7 @@ from ksana_lab.config.environment import (
     visible_gpus,
 )
 from ksana_lab.errors import ConfigError
+from ksana_lab.tracing import nsight
 from ksana_lab.types import NodeAddr, Role
 
 Level = Literal["ok", "warn", "error"]
@@ -359,20 +360,25 @@ _NSYS_PLACES = (
 )
 
 
-def nsys() -> Finding:
-    """Nsight Systems is optional: the event log makes every figure without it; it adds GPU rows."""
-    found = shutil.which("nsys")
-    if found is None:
+def nsys(*, trial: bool = False, has_gpu: bool = False) -> Finding:
+    """Nsight Systems is optional: the event log makes every figure without it; it adds GPU rows. ``trial``: also record something."""
+    if shutil.which("nsys") is None and not os.environ.get(nsight.NSYS_VARIABLE):
         elsewhere = sorted(path for place in _NSYS_PLACES for path in glob(place))
         if elsewhere:
             return warn(f"nsys is not on the PATH but lies in {elsewhere[-1]}", f"export PATH={Path(elsewhere[-1]).parent}:$PATH")
         advice = "Debian and Ubuntu: apt-get install nsight-systems (Debian: component non-free), or NVIDIA's nsight-systems package"
         return warn("nsys (Nsight Systems) not found; only --nsys needs it", advice)
     try:
-        run = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired) as fault:
-        return warn(f"{found} cannot be run ({fault})", "reinstall Nsight Systems")
-    return ok(f"nsys: {run.stdout.strip().splitlines()[-1] if run.stdout.strip() else found}")
+        found = nsight.find_nsys()
+        version = found.version.splitlines()[-1] if found.version else ""
+        if not version:
+            return warn(f"{found.path} --version says nothing", "reinstall Nsight Systems")
+        if not trial:
+            return ok(f"nsys: {version}, with its importer (doctor --nsys tries a recording)")
+        lack = nsight.try_recording(found, has_gpu=has_gpu)
+    except (ConfigError, OSError) as fault:
+        return warn(str(fault))
+    return warn(f"nsys: {version}: the report of a trial {lack}") if lack else ok(f"nsys: {version}: a trial recording is whole")
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
@@ -395,12 +401,12 @@ def process_preflight(spec: RouterSpec | NodeSpec, visible: int) -> list[Finding
     return node_preflight(spec.config, spec.host, spec.inference_addr.port, visible)
 
 
-def doctor(config: EngineConfig | None, env: Mapping[str, str], host: str | None = None) -> list[Finding]:
+def doctor(config: EngineConfig | None, env: Mapping[str, str], host: str | None = None, try_nsys: bool = False) -> list[Finding]:
     """Every check, in the order in which one would look. Without a node's configuration: the machine alone, with the guide's ports."""
     visible = visible_gpus(env)
     findings = [*required_variables(env), proxies(env)]
     findings += _machine(visible) if config is None else _node(config, visible, host)
-    return [*findings, *torch_runtime(), *nccl_variables(env, visible), nixl(), nsys()]
+    return [*findings, *torch_runtime(), *nccl_variables(env, visible), nixl(), nsys(trial=try_nsys, has_gpu=visible > 0)]
 
 
 def _machine(visible: int) -> list[Finding]:

@@ -1,7 +1,8 @@
 """Runs processes under Nsight Systems: finds ``nsys``, prefixes commands, starts and stops the collection, exports SQLite.
 
 Each process gets a session of its own: ``nsys launch`` runs it, ``nsys start`` begins collecting when the run begins (so loading a model is
-not in the report), ``nsys stop`` ends that and writes the report while the process still serves. Reading it is tracing/nsys.py's job."""
+not in the report), ``nsys stop`` ends that and writes the report while the process still serves. ``try_recording`` does all that with a
+small process, for the doctor. Reading a report is tracing/nsys.py's job; here it is only asked whether it is empty."""
 
 from __future__ import annotations
 
@@ -9,8 +10,13 @@ import glob
 import logging
 import os
 import shutil
+import sqlite3
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +39,7 @@ _INSTALL = (
 )
 _COMMAND_TIMEOUT_S = 300.0
 _ATTEMPTS = 3
+_MARK = 34  # NVTX_EVENTS.eventType
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class NsysSessions:
     def __init__(self, out: str | Path, nsys: Nsys | None = None, *, has_gpus: bool = False) -> None:
         self._nsys = nsys or find_nsys()
         self._out = Path(out).absolute()
+        self._has_gpus = has_gpus
         self._trace = "nvtx,cuda,osrt" if has_gpus else "nvtx"
         self._sessions: dict[str, str] = {}
         self._num_sessions = 0
@@ -116,7 +124,17 @@ class NsysSessions:
         self._is_started = False
         paths = [path for name in self._sessions if (path := self._finish(name)) is not None]
         self._sessions.clear()
+        for path in paths:
+            self._tell_lack(path)
         return paths
+
+    def _tell_lack(self, path: Path) -> None:
+        try:
+            lack = lacking(path, has_gpu=self._has_gpus)
+        except sqlite3.DatabaseError as error:
+            lack = f"cannot be read: {error}"
+        if lack:
+            log.warning("%s %s", path, lack)
 
     def give_up(self, name: str) -> None:
         """End a session that collects nothing: its agent would outlive a process that never ran."""
@@ -137,6 +155,94 @@ class NsysSessions:
             log.warning("the report of %s was not exported: %s", name, (exported.stderr or exported.stdout).strip()[-500:])
             return None
         return database
+
+
+_TRIAL = """
+import pathlib, sys, time
+from ksana_lab.tracing.nvtx import annotate
+from ksana_lab.tracing.recorder import NullRecorder
+has_gpu, flag = sys.argv[1] == "gpu", pathlib.Path(sys.argv[2])
+if has_gpu:
+    import torch
+    some = torch.ones(1 << 20, device="cuda")
+recorder = annotate(NullRecorder(), "doctor")
+flag.touch()
+deadline, step = time.monotonic() + 120, 0
+while flag.exists() and time.monotonic() < deadline:
+    recorder.push("step", "step", step=step)
+    if has_gpu:
+        some = some + 1
+        torch.cuda.synchronize()
+    recorder.pop()
+    step += 1
+    time.sleep(0.01)
+"""
+_TRIAL_TIMEOUT_S = 90.0  # torch takes its time
+_TRIAL_S = 0.5
+
+
+def try_recording(nsys: Nsys, *, has_gpu: bool = False) -> str | None:
+    """Record half a second of a process the way nodes are recorded; what its report lacks, None if it is whole. Takes some seconds.
+    Raises ConfigError with what nsys said when it leaves none."""
+    with tempfile.TemporaryDirectory(prefix="ksana_lab-nsys-") as folder:
+        for _attempt in range(_ATTEMPTS):
+            sessions, flag = NsysSessions(folder, nsys, has_gpus=has_gpu), Path(folder) / "running"
+            command = [*sessions.prefix("trial"), sys.executable, "-c", _TRIAL, "gpu" if has_gpu else "cpu", str(flag)]
+            with open(f"{folder}/said", "w+", encoding="utf-8") as said:
+                process = subprocess.Popen(
+                    command, env={**os.environ, **sessions.environment}, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+                )
+                try:
+                    if not _wait_for(flag, process):
+                        continue
+                    sessions.start()
+                    time.sleep(_TRIAL_S)
+                    for path in sessions.stop():
+                        return lacking(path, has_gpu=has_gpu)
+                finally:
+                    flag.unlink(missing_ok=True)
+                    sessions.stop()
+                    process.terminate()
+                    process.wait(30)
+        raise ConfigError(f"nsys left no report of a trial: {Path(folder, 'said').read_text(encoding='utf-8').strip()[-400:]}")
+
+
+def _wait_for(flag: Path, process: subprocess.Popen) -> bool:
+    deadline = time.monotonic() + _TRIAL_TIMEOUT_S
+    while not flag.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return flag.exists()
+
+
+def lacking(path: str | Path, *, has_gpu: bool = False) -> str | None:
+    """What the report of a node ought to hold and does not, with the cause to look for; None when it is whole. Quick, whatever its size.
+    ``has_gpu``: it ought to hold kernels, too. Raises sqlite3.DatabaseError for a file that is no SQLite database."""
+    with closing(sqlite3.connect(f"file:{Path(path)}?mode=ro", uri=True)) as db:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+        if not _has_mark(db, tables):
+            return (
+                "holds no ranges of ksana_lab: either nothing was asked of the node between start and stop, or this nsys does not see what "
+                "this nvtx annotates: `python -m ksana_lab.launch doctor --nsys` tries the two"
+            )
+        kernels = "CUPTI_ACTIVITY_KIND_KERNEL"
+        if has_gpu and not (kernels in tables and db.execute(f"SELECT 1 FROM {kernels} LIMIT 1").fetchone()):
+            return (
+                "holds ranges and no GPU kernels: nsys must trace `cuda`, and its CUPTI must know this driver; take an nsys as new as the "
+                "driver, or torch.profiler (POST /start_profile) instead"
+            )
+    return None
+
+
+def _has_mark(db: sqlite3.Connection, tables: set[str]) -> bool:
+    """A clock mark is beside whatever we annotate."""
+    if "NVTX_EVENTS" not in tables:
+        return False
+    sql = f"SELECT 1 FROM NVTX_EVENTS WHERE eventType = {_MARK} AND text LIKE 'clock role=%' LIMIT 1"
+    if db.execute(sql).fetchone():
+        return True
+    joined = "NVTX_EVENTS JOIN StringIds ON StringIds.id = NVTX_EVENTS.textId"
+    sql = f"SELECT 1 FROM {joined} WHERE eventType = {_MARK} AND StringIds.value LIKE 'clock role=%' LIMIT 1"
+    return "StringIds" in tables and db.execute(sql).fetchone() is not None
 
 
 def _run_until_well(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ksana_lab.tracing.clock import Alignment
 from ksana_lab.tracing.events import ProcessLog
+from ksana_lab.tracing.nsight import lacking
 from ksana_lab.tracing.nvtx import DOMAIN
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ def read_folder(folders: Sequence[Path], logs: Sequence[ProcessLog], alignment: 
     frames = []
     for path in sorted(file for folder in folders for file in folder.glob("*.sqlite")):
         try:
-            report = read(path)
+            lack, report = lacking(path), read(path)
         except sqlite3.DatabaseError as error:
             log.warning("%s is no report of Nsight Systems: %s", path, error)
             continue
-        if lack := lacking(report):
+        if lack:
             log.warning("%s %s", path, lack)
         frames.append(rows(report, logs, alignment, path.stem))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
@@ -73,21 +74,6 @@ def read(path: str | Path) -> Report:
 
 
 _SESSION = "TARGET_INFO_SESSION_START_TIME"
-
-
-def lacking(report: Report, *, has_gpu: bool = False) -> str | None:
-    """What a report of a node ought to hold and does not, with the cause to look for; None when it is whole. ``has_gpu``: kernels, too."""
-    if not len(report.nvtx):
-        return (
-            "holds no ranges of ksana_lab: either nothing was asked of the node between start and stop, or this nsys does not see what "
-            "this nvtx annotates; `python -m ksana_lab.launch doctor --nsys` tries the two and says what to install"
-        )
-    if has_gpu and not len(report.kernels):
-        return (
-            "holds ranges and no GPU kernels: nsys needs `cuda` among what it traces, and a CUPTI that knows this driver; "
-            "take an nsys as new as the driver (Nsight Systems 2025.3.1 was seen to work with an H200)"
-        )
-    return None
 
 
 def rows(report: Report, logs: Sequence[ProcessLog], alignment: Alignment | None, source: str) -> pd.DataFrame:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from helpers_checkpoint import checkpoint
 
+from ksana_lab.cluster import checks
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.notebook.session import config
-from ksana_lab.tracing import nsys
+from ksana_lab.tracing import nsight, nsys
 from ksana_lab.tracing.explain import explain
 from ksana_lab.tracing.timeline import load
 from ksana_lab.workload.spec import WorkloadSpec
@@ -43,7 +44,7 @@ def test_nodes_under_nsys_leave_reports_that_agree_with_their_logs(tmp_path):
     records = play(tmp_path, nsys=True)
     assert {p.stem for p in tmp_path.glob("*.sqlite")} == {"prefill0", "decode0"}
     reports = {path.stem: nsys.read(path) for path in tmp_path.glob("*.sqlite")}
-    assert not {name: lack for name, report in reports.items() if (lack := nsys.lacking(report))}
+    assert not {name: lack for name in reports if (lack := nsight.lacking(tmp_path / f"{name}.sqlite"))}
     for name, report in reports.items():  # what was recorded has a clock beside it: each step its own
         own = report.nvtx[report.nvtx["tid"].isin(report.nvtx.loc[report.nvtx["name"] == "step", "tid"])]
         counts = own["name"].value_counts()
@@ -58,3 +59,10 @@ def test_nodes_under_nsys_leave_reports_that_agree_with_their_logs(tmp_path):
     sends = run.device[(run.device["kind"] == "nvtx span") & (run.device["name"] == "send")]
     assert len(sends) == len(run.transfers) and sends["bytes"].sum() == run.transfers["bytes"].sum()
     assert {"queueing", "prefill", "waiting for KV", "decode"} <= set(run.device["name"])
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="no nsys on the PATH; .ci/run installs it where apt can")
+def test_the_doctor_tries_a_recording():
+    finding = checks.nsys(trial=True)
+    assert finding.level == "ok" and "a trial recording is whole" in finding.text

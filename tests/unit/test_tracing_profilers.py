@@ -123,3 +123,33 @@ def test_without_nsys_the_user_is_told_what_to_install(tmp_path, monkeypatch):
         nsight.find_nsys({"PATH": str(tmp_path)})
     with pytest.raises(ConfigError, match="not executable"):
         nsight.find_nsys({"PATH": str(tmp_path), "KSANA_LAB_NSYS": "/nowhere/nsys"})
+
+
+def test_a_whole_report_lacks_nothing_and_kernels_only_where_there_is_a_gpu(tmp_path):
+    path = write_report(tmp_path / "r.sqlite")
+    assert nsight.lacking(path, has_gpu=True) is None
+    db = sqlite3.connect(path)
+    db.execute("DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL")
+    db.close()
+    assert nsight.lacking(path) is None
+    assert "no GPU kernels" in nsight.lacking(path, has_gpu=True)
+
+
+def test_an_empty_report_names_the_cause_to_look_for(tmp_path, caplog):
+    path = write_report(FakeRun().write(tmp_path) / "prefill0.sqlite")
+    db = sqlite3.connect(path)
+    db.execute("DROP TABLE NVTX_EVENTS")
+    db.close()
+    with caplog.at_level("WARNING", "ksana_lab"):
+        load(tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "prefill0.sqlite holds no ranges of ksana_lab" in line and "doctor --nsys" in line
+
+
+def test_a_report_that_does_not_name_our_domain_is_read_all_the_same(tmp_path):
+    path = write_report(tmp_path / "r.sqlite")
+    db = sqlite3.connect(path)
+    db.execute("DELETE FROM NVTX_EVENTS WHERE eventType = 75")
+    db.commit()
+    db.close()
+    assert {"layer", "step", "send", "clock"} == set(nsys.read(path).nvtx["name"])
