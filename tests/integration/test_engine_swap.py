@@ -56,14 +56,16 @@ def test_tensor_parallel_ranks_swap_their_heads():
     assert check(prompts(5, seed=3), tensor_parallel_size=2, num_blocks=14, prefill_chunk_tokens=20).num_swap_ins > 0
 
 
-def test_swapping_changes_no_bit_of_what_follows():
+@pytest.mark.parametrize("dtype", ["auto", "fp8_e4m3"])
+def test_swapping_changes_no_bit_of_what_follows(dtype):
     """Probabilities as in a run that has room for all."""
     params = SamplingParams(max_tokens=NUM, temperature=0.0, logprobs=3, ignore_eos=True)
     said = []
-    for options in ({"num_blocks": 14, **SWAP}, {"num_blocks": 100}):
-        with LLM(checkpoint(), block_size=8, **options) as llm:
+    for num_blocks in (14, 100):
+        cache = CacheOptions(block_size=8, num_blocks=num_blocks, dtype=dtype)
+        with LLM(EngineConfig(model=ModelOptions(model_dir=checkpoint()), cache=cache), **SWAP) as llm:
             said.append([result.outputs[0].logprobs for result in llm.generate(prompts(5, seed=3), params)])
-            assert llm.engine.status().num_swap_ins > 0 or "preemption_mode" not in options
+            assert (llm.engine.status().num_swap_ins > 0) == (num_blocks == 14)
     assert said[0] == said[1]
 
 
