@@ -97,6 +97,7 @@ class ModelRunner:
         self._kv_layers: Sequence[Tensor] = ()
         self._brings_tokens_home = is_sampling_rank
         self._host_blocks: HostBlocks | None = None
+        self.peers_write = False  # a decode node: a prefill node writes the cache whenever it likes
         self._graphs: DecodeGraphs | None = None
         self.layer_timer: LayerTimer | None = None  # only while something records
 
@@ -139,19 +140,20 @@ class ModelRunner:
         return PendingTokens(inputs.sample_seq_ids, num_logprobs, sampled, self.model.tp.check)
 
     def _end_without_tokens(self, command: StepCommand) -> PendingTokens:
-        """The scheduler takes the end of a step for the end of its copies out, on every rank: blocks go to a peer then."""
-        if not command.swap_out:
+        """Where peers write the cache, the end of a step must be the end of all it does to its blocks, on every rank: they may go to a
+        peer then. Elsewhere they go to later steps of the same stream, and nobody need wait."""
+        if not self.peers_write:
             return NO_TOKENS
-        if not command.seq_ids:
-            assert self._host_blocks is not None
+        if not command.seq_ids and self._host_blocks is not None:
             self._host_blocks.meet()
         return PendingTokens.none_but_wait(self.device)
 
     def forward(self, inputs: StepInputs, step_id: int = -1) -> Tensor:
-        """Hidden states [T, hidden] of the step's tokens."""
+        """Hidden states [S, hidden] of the tokens that are sampled from."""
+        wanted = slice(len(inputs.sample_seq_ids)) if inputs.logits_indices is None else inputs.logits_indices
         on_layer_done = self._layer_listener(step_id)
         context = ForwardContext(inputs.attn, self._kv_layers, self.backend, on_layer_done)
-        return self.model(inputs.input_ids, inputs.positions, context)
+        return self.model(inputs.input_ids, inputs.positions, context, wanted)
 
     def _layer_listener(self, step_id: int) -> Callable[[int], None] | None:
         tell = None if self.connector is None else self.connector.layer_done
@@ -171,9 +173,7 @@ class ModelRunner:
 
     def sample(self, hidden: Tensor, inputs: StepInputs) -> Sampled:
         """A token for each sequence that samples; every rank comes to the same ones, from the same logits."""
-        num = len(inputs.sample_seq_ids)
-        chosen = hidden[:num] if inputs.logits_indices is None else hidden.index_select(0, inputs.logits_indices)
-        sampled = self.batch.sampling.sample(self.model.head(chosen), inputs.sampling)
+        sampled = self.batch.sampling.sample(self.model.head(hidden), inputs.sampling)
         self.batch.remember(inputs, sampled.token_ids)
         return sampled
 

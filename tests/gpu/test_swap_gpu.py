@@ -90,6 +90,7 @@ def test_a_decode_node_announces_no_block_that_a_copy_still_reads(model_dir):
     """The end of a step that copies out waits for the device, also when it brings no token."""
     with LLM(model_dir, max_num_seqs=8, max_model_len=1024, num_blocks=130, **SWAP) as llm:
         runner = llm.engine._executor.worker.runner
+        runner.peers_write = True
         command = StepCommand(0, [], [], {}, [], [], [], [], swap_out=[(block, block) for block in range(100)])
         torch.cuda._sleep(200_000_000)
         pending = runner.execute(command)
