@@ -195,7 +195,7 @@ class _Marks:
         elif name == "PREEMPTED":
             info["num_preemptions"] = info.get("num_preemptions", 0) + 1
         elif name in ("FAILED", "ABORTED"):
-            info["error"] = args.get("error") or args.get("message") or name.lower()
+            info["error"] = ": ".join(str(args[key]) for key in ("error", "message") if args.get(key)) or name.lower()
 
     def _name_nodes(self) -> dict[int, str]:
         """A log's index -> which node it is of: the address that the router sent its requests to, else its role and number."""
@@ -354,13 +354,15 @@ def _phases(at: dict[tuple[str, str], float], legs: dict[str, str]) -> tuple[lis
     via_decode = legs["answering"] == "decode" and is_handed_over
     before = _TO_NODE + (arrival if via_decode else []) + _TO_CLIENT
     after = ([] if via_decode else arrival) + _REST
-    start = next((at[key] for key in (("client", "SENT"), ("router", "ARRIVED"), (f"{legs['first']}.api", "ARRIVED")) if key in at), None)
+    api, engine = f"{legs['first']}.api", f"{legs['first']}.engine"  # without client and router: as far as there are logs
+    start = next((at[key] for key in (("client", "SENT"), ("router", "ARRIVED"), (api, "ARRIVED"), (engine, "QUEUED")) if key in at), None)
     end = next(
         (at[k] for k in (("client", "LAST_TOKEN"), ("router", "FINISHED"), (f"{legs['decode']}.engine", "FINISHED")) if k in at), None
     )
     if start is None or end is None or not legs["first"]:
         return [], 0.0
-    first_token = next((at[key] for key in (("client", "FIRST_TOKEN"), ("router", "FIRST_TOKEN")) if key in at), end)
+    tokens = [(process, "FIRST_TOKEN") for process in ("client", "router", api, engine)]
+    first_token = next((at[key] for key in tokens if key in at), end)
     segments, now, disorder = [], start, 0.0
     for part, limit, is_ttft in ((before, max(start, min(first_token, end)), True), (after, end, False)):
         for name, process, event in part:
