@@ -19,6 +19,7 @@ from helpers_checkpoint import oracle_greedy, prompts
 from helpers_pair import EnginePair
 from test_transfer_end_to_end import send
 from test_transfer_failures import assert_clean, peer_process
+from test_transfer_soak import Side, play
 from transfer_nodes import Node, make_pair, random_kv, wait_for
 
 from ksana_lab.config.environment import INSTALL_NIXL
@@ -61,6 +62,13 @@ def test_every_byte_arrives_at_ranks_of_another_number(p_tp, d_tp):
     with make_pair(p_tp, d_tp, backend="nixl", transfer_mode="layer", checksum=True) as (p, d):
         kv, seq = send(p, d)
         assert np.array_equal(d.read(seq, 37), kv)
+
+
+def test_cancels_at_any_moment_leave_nothing_behind(transports):
+    with make_pair(backend="nixl", transfer_mode="layer", checksum=True, lease_s=5.0) as (p, d):
+        num_received, num_failed = play(Side(p), Side(d), 60, seed=1)
+        assert num_received + num_failed == 60 and num_received > 30 and num_failed > 2
+        assert_clean(p, d)
 
 
 def test_on_a_loopback_address_ucx_listens_nowhere_else():

@@ -141,7 +141,8 @@ class Mover:
         self.device_id = (memory.device.index or 0) if memory.is_cuda else 0
         self._memory: torch.Tensor | None = memory
         self.address, self.num_bytes = memory.data_ptr(), memory.numel()
-        with _nixl(f"register {self.num_bytes >> 20} MiB of {self.kind}"), _on(self.device):
+        self._calls = threading.Lock()
+        with self._nixl(f"register {self.num_bytes >> 20} MiB of {self.kind}"):
             self._registered = agent.register_memory([(self.address, self.num_bytes, self.device_id, "")], self.kind)
         self._lock = threading.Lock()
         self._remotes: dict[bytes, tuple[Any, int]] = {}  # by metadata: NIXL's name, links that use it
@@ -150,14 +151,25 @@ class Mover:
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
+    @contextlib.contextmanager
+    def _nixl(self, what: str) -> Iterator[None]:
+        """One call at a time. NIXL would see to that itself, but some of its calls wait for their turn with the interpreter's lock held."""
+        with self._calls, _nixl(what), _on(self.device):
+            yield
+
     # ---- peers -------------------------------------------------------------------------------------------------------
+
+    def metadata(self) -> bytes:
+        """How a peer's NIXL reaches this agent and its memory."""
+        with self._nixl("describe the cache to peers"):
+            return bytes(self.agent.get_agent_metadata())
 
     def add_remote(self, metadata: bytes) -> Any:
         """NIXL's name for the agent that ``metadata`` describes. Raises TransferError."""
         with self._lock:
             name, users = self._remotes.get(metadata, (None, 0))
             if not users:
-                with _nixl("load the decode rank's metadata"), _on(self.device):
+                with self._nixl("load the decode rank's metadata"):
                     name = self.agent.add_remote_agent(metadata)
                     self.agent.make_connection(name)
             self._remotes[metadata] = (name, users + 1)
@@ -171,7 +183,7 @@ class Mover:
             elif users:
                 del self._remotes[metadata]
                 try:
-                    with _nixl("disconnect from the decode rank"):
+                    with self._nixl("disconnect from the decode rank"):
                         self.agent.remove_remote_agent(name)
                 except TransferError as error:
                     log.warning("%s", error)  # it is gone
@@ -180,7 +192,7 @@ class Mover:
 
     def write(self, link: NixlLink, peer: Any, here: np.ndarray, there: np.ndarray, there_kind: str) -> Ticket:
         """``here``, ``there``: uint64 [n, 3] of address, bytes, device. Raises TransferError."""
-        with _nixl("start a write"), _on(self.device):
+        with self._nixl("start a write"):
             local, remote = self.agent.get_xfer_descs(here, self.kind), self.agent.get_xfer_descs(there, there_kind)
             handle = self.agent.initialize_xfer("WRITE", local, remote, peer, b"", ["UCX"])
         ticket = NixlTicket(handle, link)
@@ -189,7 +201,7 @@ class Mover:
                 raise TransferError("the backend is closed")
             link.num_writing += 1
         try:
-            with _nixl("start a write"), _on(self.device):
+            with self._nixl("start a write"):
                 state = self.agent.transfer(handle)
         except TransferError as error:
             ticket.settle(str(error))
@@ -233,7 +245,7 @@ class Mover:
     def _is_over(self, ticket: NixlTicket, is_closed: bool) -> bool:
         """Whether NIXL is done with it. The ticket's owner does not wait for that longer than ``give_up_at``."""
         try:
-            with _nixl("finish a write"):
+            with self._nixl("finish a write"):
                 state = self.agent.check_xfer_state(ticket.handle)
         except TransferError as error:
             ticket.settle(str(error))
@@ -247,7 +259,7 @@ class Mover:
 
     def _end(self, ticket: NixlTicket) -> None:
         try:
-            with _nixl("let go of a write"):
+            with self._nixl("let go of a write"):
                 ticket.handle.release()
         except TransferError as error:
             log.warning("%s", error)
@@ -270,7 +282,7 @@ class Mover:
         if self._thread is not None:
             self._thread.join(timeout=_CLOSE_S)
         try:
-            with _nixl("let go of the cache"):
+            with self._nixl("let go of the cache"):
                 self.agent.deregister_memory(self._registered)
         except TransferError as error:
             log.warning("%s", error)
@@ -427,8 +439,7 @@ class NixlBackend(ServedByStream):
         if memory is None or cache.data_ptr() != memory.data_ptr():
             raise TransferError("backend nixl can serve only the memory it allocated")
         mover = self._mover_of(memory)
-        with _nixl("describe the cache to peers"):
-            metadata = mover.agent.get_agent_metadata()
+        metadata = mover.metadata()
         listener = listen(self._host)
         self._server = StreamServer(listener, events, cache_bytes=cache.numel(), linger_s=_LINGER_S)
         return {
