@@ -32,8 +32,9 @@ class Attention(nn.Module):
         self.core = PagedAttention(layer, local_heads, local_kv_heads, head_dim, qk_norm_eps, dtype, device)
         self.output = linears.row(heads * head_dim, hidden, config.has_output_bias, tp, dtype, device)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, ctx: ForwardContext) -> Tensor:
-        return self.output(self.core(self.qkv(x), cos_sin, ctx))
+    def mix(self, x: Tensor, cos_sin: Tensor, ctx: ForwardContext) -> Tensor:
+        """All but the output projection: [T, hidden] -> this rank's heads [T, local_heads * head_dim]."""
+        return self.core(self.qkv(x), cos_sin, ctx)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         yield from self.qkv.pieces(prefix)
@@ -63,10 +64,18 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp = MLP(config, linears, tp, dtype, device)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """The layer's output is ``x + residual``, left unsummed: the next norm adds them."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext, wanted: Tensor | slice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output is ``x + residual``, left unsummed: the next norm adds them. ``wanted``: only these tokens' output; keys and
+        values are every token's all the same."""
         x, residual = self.attention_norm(x, residual)
-        x = self.attention(x, cos_sin, ctx)
+        x = self.attention.mix(x, cos_sin, ctx)
+        if wanted is not None:
+            x, residual = x[wanted], residual[wanted]
+            if not len(x):
+                return residual, residual
+        x = self.attention.output(x)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
 
@@ -93,13 +102,16 @@ class Decoder(nn.Module):
         tied_to = self.embedding.weight if config.tie_word_embeddings else None
         self.head = VocabHead(config.vocab_size, config.hidden_size, tp, dtype, device, tied_to)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        """input_ids, positions [T] int64 -> normalised hidden states [T, hidden]. Call under ``torch.inference_mode``."""
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext, wanted: Tensor | slice | None = None) -> Tensor:
+        """input_ids, positions [T] int64 -> normalised hidden states [T, hidden], or those of the ``wanted`` tokens (indices, the same on
+        every rank), which spare the last layer its second half for the others. Call under ``torch.inference_mode``."""
         cos_sin = self.rotary.at(positions)
         x, residual = self.embedding(input_ids), None
-        for layer in self.layers:
+        *others, last = self.layers
+        for layer in others:
             x, residual = layer(x, residual, cos_sin, ctx)
-        return self.norm(x, residual)[0]
+        x, residual = last(x, residual, cos_sin, ctx, wanted)
+        return self.norm(x, residual)[0] if len(x) else x
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] (rows of ``forward``'s result) -> float32 [S, vocab], the same on every rank."""

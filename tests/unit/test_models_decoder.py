@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from helpers_model import PagedBatch, blas_sums_rows_alike
+from helpers_model import PagedBatch, blas_sums_rows_alike, make_metadata
 from transformers import AutoModelForCausalLM
 
+from ksana_lab.attention.base import ForwardContext
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.decoder import Decoder
 from ksana_lab.models.registry import load_model, random_model
@@ -143,3 +144,19 @@ def test_model_needs_no_global_default_dtype():
         torch.set_default_dtype(torch.float32)
     assert isinstance(model, Decoder)
     assert {p.dtype for p in model.parameters()} == {logits.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("wanted", [slice(0, 2), torch.tensor([3, 11]), slice(0)], ids=["first", "indices", "none"])
+def test_wanted_tokens_come_out_as_ever_and_every_tokens_keys_are_kept(wanted):
+    seen = []
+    model = random_model(SHAPES["qwen3-tiny"], dtype=torch.float32, device=torch.device("cpu"))
+    caches, hidden = [], []
+    for chosen in (None, wanted):
+        batch = PagedBatch(model, on_layer_done=seen.append)
+        meta = make_metadata([(batch.new_sequence(12), 12)], batch.block_size)
+        ctx = ForwardContext(meta, batch.kv_layers, batch.backend, batch.on_layer_done)
+        with torch.inference_mode():
+            hidden.append(model(torch.arange(12), torch.arange(12), ctx, chosen))
+        caches.append(torch.stack(batch.kv_layers).nan_to_num(0.0))
+    torch.testing.assert_close(hidden[1], hidden[0][wanted])
+    assert torch.equal(*caches) and seen == [*range(4)] * 2
