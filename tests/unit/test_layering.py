@@ -14,12 +14,12 @@ FLOORS = [
     {"core", "tracing", "attention"},
     {"layers"},
     {"models", "transfer", "router", "server", "workload"},
-    {"engine", "cluster", "sim"},
+    {"engine", "cluster"},
     {"sweep", "bench", "launch"},
     {"notebook"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("core", "tracing", "router", "server", "workload", "cluster", "sim")
+TORCH_FREE = ("core", "tracing", "router", "server", "workload", "cluster")
 STRICTER = {"layers": {"attention", "cuda_driver", *FLOORS[0]}}  # layers never see a configuration or a scheduler
 
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
