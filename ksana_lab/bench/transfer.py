@@ -42,7 +42,7 @@ from ksana_lab.models.synth import shape, synthesize
 from ksana_lab.protocol.engine import SequenceUpdate
 from ksana_lab.transfer.base import DeviceTicket, Link
 from ksana_lab.transfer.plan import HeadSlice, copies
-from ksana_lab.transfer.registry import make_backend
+from ksana_lab.transfer.registry import make_backend, registers_source
 from ksana_lab.types import SamplingParams
 
 _BLOCK_SIZE = 16
@@ -128,6 +128,8 @@ def link_between(
         device = devices[0]
         backend = make_backend(name, "127.0.0.1", on_gpu=device.type == "cuda")
         cache = torch.randint(0, 256, (layout.total_bytes,), dtype=torch.uint8, device=device)
+        if registers_source(name):
+            cache = backend.allocate(layout.total_bytes, device).copy_(cache)
         endpoint = json.loads(peer.stdout.readline())
         acks = _Acks()
         link = backend.connect(endpoint, cache, 1, acks, _TIMEOUT_S)
@@ -471,7 +473,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="qwen3-8b" if device == "cuda" else "qwen3-tiny", metavar="ARCH-SHAPE")
     parser.add_argument("--model-dir", metavar="DIR", help="of fp8: a checkpoint instead of random weights of --model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--backend", default="auto", choices=("auto", "cuda_ipc", "shm", "tcp"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "cuda_ipc", "shm", "tcp", "nccl", "gloo", "nixl"))
     parser.add_argument("--mode", type=lambda text: text.split(","), default=["bulk", "chunk", "layer"], help="of bulk, chunk, layer, auto")
     parser.add_argument("--tokens", type=_numbers, default=[512, 2048, 8192] if device == "cuda" else [64, 256], help="prompt lengths")
     parser.add_argument("--gbps", type=_speeds, default=[None], help="emulated links, e.g. none,400,100,25 (none: the hardware's own)")

@@ -60,7 +60,7 @@ class ConnectorOptions(Frozen):
     inference_addr: NodeAddr | None = None  # where the router reaches this node's HTTP server
     coordinator_addr: NodeAddr | None = None  # an IP of this host; the control socket binds it
     cluster_name: str = ""
-    backend: Literal["tcp", "shm", "nccl", "cuda_ipc", "nixl", "auto"] = (
+    backend: Literal["tcp", "shm", "nccl", "gloo", "cuda_ipc", "nixl", "auto"] = (
         "auto"  # auto: cuda_ipc on one host's GPUs, shm on one host's CPU, else tcp
     )
     heartbeat_interval_s: float = Field(5.0, gt=0)

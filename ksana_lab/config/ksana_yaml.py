@@ -76,7 +76,7 @@ def _address(text: str) -> NodeAddr | None:
 
 def _backend(word: str) -> str:
     backend = {"": "auto", "zmq": "tcp"}.get(word.lower(), word.lower())
-    known = ("auto", "tcp", "shm", "nccl", "cuda_ipc", "nixl")
+    known = ("auto", "tcp", "shm", "nccl", "gloo", "cuda_ipc", "nixl")
     if backend not in known:
         raise ValueError(f"must be nccl or zmq, or one of ours: {', '.join(known)}")
     return backend

@@ -18,12 +18,14 @@ _BACKENDS = {
     "shm": "ksana_lab.transfer.backends.shm:ShmBackend",
     "tcp": "ksana_lab.transfer.backends.tcp:TcpBackend",
     "nixl": "ksana_lab.transfer.backends.nixl:NixlBackend",  # an optional extra; ``auto`` never takes it
+    "nccl": "ksana_lab.transfer.backends.nccl:NcclBackend",  # ``auto`` never takes it
+    "gloo": "ksana_lab.transfer.backends.nccl:GlooBackend",  # the same between CPUs
 }
-_IS_FOR_CUDA = {"cuda_ipc": True, "shm": False}  # tcp and nixl take either kind of memory
-_HAVE_ADDRESS = ("tcp", "nixl")
+_IS_FOR_CUDA = {"cuda_ipc": True, "shm": False, "nccl": True, "gloo": False}  # tcp and nixl take either kind of memory
+_HAVE_ADDRESS = ("tcp", "nixl", "nccl", "gloo")
 _REGISTER_SOURCE = ("nixl",)
 _ONE_HOST = ("cuda_ipc", "shm")
-_PACKS = ("cuda_ipc", "shm", "tcp")  # can carry KV that was packed on the way (``wire_dtype``)
+_PACKS = ("cuda_ipc", "shm", "tcp", "nccl", "gloo")  # can carry KV that was packed on the way (``wire_dtype``)
 _AUTO = {True: ("cuda_ipc", "tcp"), False: ("shm", "tcp")}
 
 

@@ -6,10 +6,11 @@ cache the same interface copies by itself: what uses it can be tried without a G
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
@@ -26,48 +27,57 @@ def check_alignment(copies: Copies) -> None:
 
 
 class Slot:
-    """One staging buffer of one thread. ``host``: its bytes."""
+    """One staging buffer of one thread. ``host``: its bytes; with ``on_device`` it lies beside the cache, and only ``memory`` has them."""
 
-    def __init__(self, cache: torch.Tensor) -> None:
+    def __init__(self, cache: torch.Tensor, nbytes: int = SLOT_BYTES, *, on_device: bool = False) -> None:
         self._cache, self._is_device = cache, cache.is_cuda
-        self._memory = torch.empty(SLOT_BYTES, dtype=torch.uint8, pin_memory=self._is_device)
-        self.host = memoryview(self._memory.numpy())  # type: ignore[arg-type]
+        if on_device:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=cache.device)
+        else:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_device)
+        self.host = memoryview(b"" if self.memory.is_cuda else self.memory.numpy())  # type: ignore[arg-type]
         self._event: Any = None
         if self._is_device:
             with torch.cuda.device(cache.device):
                 self._stream = torch.cuda.Stream(priority=-1)
                 self._event = torch.cuda.Event(blocking=True)
 
-    def start_gather(self, copies: Copies) -> None:
-        """``copies``: offset in the cache, offset in ``host``, bytes. ``wait`` says when they are there. The source bytes must exist."""
-        self._move(copies, to_host=True)
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """What is enqueued within comes behind the slot's own copies."""
+        if not self._is_device:
+            yield
+            return
+        with torch.cuda.device(self._cache.device), torch.cuda.stream(self._stream):
+            yield
+
+    def start_gather(self, copies: Copies, source: torch.Tensor | None = None) -> None:
+        """``copies``: offset in the cache, or in ``source``, offset in ``memory``, bytes. ``wait`` says when they are there. The source
+        bytes must exist."""
+        self._move(copies, self._cache if source is None else source, self.memory)
 
     def wait(self) -> None:
         if self._event is not None:
             self._event.synchronize()
 
     def scatter(self, copies: Copies) -> None:
-        """``copies``: offset in ``host``, offset in the cache, bytes. In the cache when this returns."""
-        self._move(copies, to_host=False)
+        """``copies``: offset in ``memory``, offset in the cache, bytes. In the cache when this returns."""
+        self._move(copies, self.memory, self._cache)
         self.wait()
 
-    def _move(self, copies: Copies, *, to_host: bool) -> None:
+    def _move(self, copies: Copies, source: torch.Tensor, target: torch.Tensor) -> None:
         if not self._is_device:
-            ours = np.frombuffer(self.host, np.uint8)
-            theirs = self._cache.numpy()
-            source, target = (theirs, ours) if to_host else (ours, theirs)
+            origin, destination = source.numpy(), target.numpy()
             for a, b, n in copies.tolist():
-                target[b : b + n] = source[a : a + n]
+                destination[b : b + n] = origin[a : a + n]
             return
         from ksana_lab.transfer import gather_copy
 
         check_alignment(copies)
         pieces = gather_copy.pieces(copies)
-        bases = (self._cache.data_ptr(), self._memory.data_ptr())
-        source_base, target_base = bases if to_host else reversed(bases)
         with torch.cuda.device(self._cache.device), torch.cuda.stream(self._stream):
             table = torch.from_numpy(pieces).to(self._cache.device)
-            gather_copy.launch(source_base, target_base, table, len(pieces), _NUM_PROGRAMS)
+            gather_copy.launch(source.data_ptr(), target.data_ptr(), table, len(pieces), _NUM_PROGRAMS)
             self._event.record()
 
 

@@ -64,6 +64,20 @@ def test_a_pair_says_what_one_node_says_in_every_mode(backend, model_dir, alone)
         pair.wait_clean()
 
 
+@pytest.mark.multi_gpu
+def test_a_pair_joined_by_nccl_says_what_one_node_says_in_every_mode(model_dir, alone):
+    """NCCL joins two GPUs, never one with itself."""
+    with make_pair(model_dir, backend="nccl", is_here=True) as pair:
+        worker = pair.engines["prefill"].engine.transfer_worker
+        for mode in MODES:
+            for wire_dtype in ("auto", "fp8_e4m3"):
+                worker.reconfigure(worker.options.model_copy(update={"transfer_mode": mode, "wire_dtype": wire_dtype}))
+                said = [pair.generate([prompt], GREEDY)[0] for prompt in BATCH]
+                count = GREEDY.max_tokens if wire_dtype == "auto" else 1
+                assert [tokens[:count] for tokens in said] == [tokens[:count] for tokens in alone], (mode, wire_dtype)
+        pair.wait_clean()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
 def test_kv_travels_in_eight_bits(backend, model_dir, alone):
@@ -118,9 +132,10 @@ def test_many_at_once_leave_nothing_behind(model_dir):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
-def test_a_killed_node_takes_nothing_with_it_and_comes_back(victim, model_dir, alone):
+@pytest.mark.parametrize("backend", ["cuda_ipc", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
+def test_a_killed_node_takes_nothing_with_it_and_comes_back(backend, victim, model_dir, alone):
     survivor = "decode" if victim == "prefill" else "prefill"
-    with make_pair(model_dir, backend="cuda_ipc", checksum=False) as pair:
+    with make_pair(model_dir, backend=backend, checksum=False) as pair:
         failed = set()
         for prompt in prompts([2000] * 12, 5):
             number = pair.next_number()

@@ -289,6 +289,7 @@ class StreamServer:
             log.exception("receiving KV failed")
             reason = "internal error of the receiver"
         writer.wire.close()
+        self._part_with(writer)
         if writer.session and self._linger_s and not self._is_closed:
             self._events.on_writer_gone(writer.session, reason)
             self._closing.wait(self._linger_s)
@@ -298,6 +299,9 @@ class StreamServer:
             self._events.on_writer_gone(writer.session, reason)
         elif not writer.session:
             log.warning("turned a KV connection away: %s", reason)
+
+    def _part_with(self, writer: _Writer) -> None:
+        """For a kind of server that keeps more of a writer than its connection, which is over."""
 
     def _greet(self, writer: _Writer) -> None:
         hello = writer.wire.receive_frame(idle_s=5.0)
@@ -328,6 +332,16 @@ class StreamServer:
 
     def _take_write(self, writer: _Writer, frame: Frame) -> None:
         wire = writer.wire
+        table = self._receive_table(wire, frame)
+        with self._lock:
+            window = self._windows.get(frame.window)
+        if self._cache is not None:
+            self._fill(wire, [self._cache[offset : offset + size] for offset, size in table.tolist()], window)
+        else:
+            self._fill_device(writer, table, window)
+
+    def _receive_table(self, wire: Wire, frame: Frame) -> np.ndarray:
+        """int64 [n, 2] (offset, bytes) of a write. Raises TransferError when it is not inside the cache."""
         if not 0 < frame.num_runs <= MAX_COPIES:
             raise TransferError(f"a write of {frame.num_runs} runs")
         table = np.frombuffer(wire.receive(frame.num_runs * 16, idle_s=self._stall_s), "<i8").reshape(-1, 2)
@@ -335,12 +349,7 @@ class StreamServer:
         fits = (offsets >= 0) & (sizes > 0) & (sizes <= self._cache_bytes) & (offsets <= self._cache_bytes - sizes)
         if not fits.all() or int(sizes.sum()) != frame.nbytes:
             raise TransferError(f"a write outside the cache of {self._cache_bytes} bytes, or of another size than announced")
-        with self._lock:
-            window = self._windows.get(frame.window)
-        if self._cache is not None:
-            self._fill(wire, [self._cache[offset : offset + size] for offset, size in table.tolist()], window)
-        else:
-            self._fill_device(writer, table, window)
+        return table
 
     def _fill_device(self, writer: _Writer, table: np.ndarray, window: _Window | None) -> None:
         """As ``_fill``, through a stage: host memory is filled freely, the step from it into the cache is what a window guards."""
@@ -456,6 +465,7 @@ class StreamLink:
         self._send_lock = threading.Lock()
         self._answered = threading.Condition()
         self._probe_token = self._last_probe = _PROBE
+        self._last_answer = (OK, "")
         self._is_over = False
         try:
             self._wire.send([Frame(HELLO, OK, 0, session, 0, len(secret)).pack(), secret.encode()])
@@ -503,14 +513,35 @@ class StreamLink:
 
     def ping(self, timeout_s: float) -> None:
         """One round trip: a notice that the peer refuses. Everything sent before it has been received when it returns."""
+        self.answer_to(self.ask(NOTICE, 0), timeout_s)
+
+    def ask(self, kind: int, num_runs: int, *, window: int = 0, nbytes: int = 0, payload: bytes = b"") -> int:
+        """Send a frame that is the link's own affair; returns its token for ``answer_to``."""
         token = self._probe_token = self._probe_token + 1
-        self.notify(0, token, b"")
-        deadline = time.monotonic() + timeout_s
+        self._send([Frame(kind, OK, num_runs, window, token, nbytes or len(payload)).pack(), payload])
+        return token
+
+    def answer_to(self, token: int, timeout_s: float) -> str:
+        """The text. Raises TransferError when none comes, or the connection ends."""
         with self._answered:
-            if not self._answered.wait_for(lambda: self._last_probe >= token or self._is_over, max(0.0, deadline - time.monotonic())):
+            if not self._answered.wait_for(lambda: self._last_probe >= token or self._is_over, timeout_s):
                 raise TransferError(f"the peer did not answer within {timeout_s:g} s")
             if self._last_probe < token:
-                raise TransferError("the connection was lost while it was measured")
+                raise TransferError("the connection was lost before the peer answered")
+            return self._last_answer[1]
+
+    def refusal(self, token: int) -> str | None:
+        """Why the peer refused what was asked with ``token``, the last question; None = it did not, or not yet."""
+        status, text = self._last_answer
+        return text if self._last_probe >= token and status != OK else None
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    def lose(self) -> None:
+        """End the connection for a failure that it cannot see by itself; the owner is told."""
+        self._wire.shutdown()
 
     def round_trip_s(self, timeout_s: float) -> float:
         """The shortest of a few."""
@@ -542,7 +573,7 @@ class StreamLink:
                 text = self._wire.receive(ack.nbytes, idle_s=STALL_S).decode(errors="replace")
                 if ack.token >= _PROBE:
                     with self._answered:
-                        self._last_probe = ack.token
+                        self._last_answer, self._last_probe = (ack.status, text), ack.token
                         self._answered.notify_all()
                 else:
                     self._events.on_ack(ack.token, text if ack.status != OK else None)
