@@ -232,7 +232,7 @@ class PrefillLedger:
             self._effects.to_peer(session, wire.Begun(session, key))
 
     def _is_same_length(self, entry: PrefillEntry, now_ns: int) -> bool:
-        """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete: ``entry`` is doomed."""
+        """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete: then it is doomed."""
         if entry.session and entry.seq_id is not None and entry.num_tokens != entry.num_tokens_announced:
             lengths = f"{entry.num_tokens} tokens on the prefill node and {entry.num_tokens_announced} on the decode node"
             why = f"the prompt of request {entry.key} has {lengths}; do both use the same tokenizer and chat template?"
