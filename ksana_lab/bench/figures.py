@@ -3,7 +3,7 @@
     python -m ksana_lab.bench figures --out docs/results [--only engine,allreduce] [--seconds 540] [--list]
 
 Each tool runs in a process of its own, with a bound; its whole output goes to OUT/NAME.log and its last lines to the terminal. What fails,
-is too slow or needs more GPUs than there are is named at the end, and the rest runs. Tools keep rows of other names in a JSON that exists."""
+is too slow or needs more GPUs than there are is named at the end, and the rest runs. A JSON that exists keeps its rows of other names."""
 
 from __future__ import annotations
 
