@@ -7,7 +7,8 @@ prefix cache is off, sampling is greedy, ends of text are ignored.
     python -m ksana_lab.bench engine [--models qwen3-8b …] [--parts decode,ttft,offline,served] [--json docs/results/engine.json]
 
 On two GPUs ``--tp 2`` measures decode steps on one and on two of them. ``--trial`` runs through every path with a tiny model and few steps
-on a CPU, to see that it works; its figures say nothing."""
+on a CPU, to see that it works; its figures say nothing. ``--fp8 weights,kv`` measures with FP8 weights, KV cache, or both; rows and floors
+are then of that."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Scale:
     num_blocks: int = 21_500
     num_blocks_small: int = 40_000
     num_blocks_tp: int = 6_000
+    fp8: tuple[str, ...] = ()  # of weights, kv
 
     @property
     def max_num_seqs(self) -> int:
@@ -111,6 +113,7 @@ class Floors:
 
     model: ModelConfig
     ceilings: Ceilings
+    fp8: tuple[str, ...] = ()
 
     @property
     def _linear_parameters(self) -> int:
@@ -124,15 +127,16 @@ class Floors:
 
     @property
     def _kv_bytes_per_token(self) -> int:
-        return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * 2
+        return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * (1 if "kv" in self.fp8 else 2)
 
     def decode_s(self, batch: int, context: int) -> float:
-        weights = 2 * (self._linear_parameters + self._head_parameters)
+        weights = (1 if "weights" in self.fp8 else 2) * self._linear_parameters + 2 * self._head_parameters
         return (weights + batch * context * self._kv_bytes_per_token) / self.ceilings.read_bytes_per_s
 
     def prefill_s(self, length: int) -> float:
         attention = 2 * length**2 * self.model.num_heads * self.model.head_dim * self.model.num_layers  # causal: half of 4 n² d
-        flops = 2 * length * self._linear_parameters + 2 * self._head_parameters + attention
+        linear = 2 * length * self._linear_parameters / (2 if "weights" in self.fp8 else 1)  # tensor cores do FP8 at twice the rate
+        flops = linear + 2 * self._head_parameters + attention
         return max(flops / self.ceilings.matmul_flops_per_s, self.decode_s(1, 0))
 
     def offline_s(self, num_seqs: int, prompt: int, output: int) -> float:
@@ -146,9 +150,13 @@ class Floors:
 def engine(model_dir: str, scale: Scale, *, num_blocks: int, max_num_seqs: int, tp: int = 1) -> Iterator[Engine]:
     config = EngineConfig.model_validate(
         {
-            "model": {"model_dir": model_dir, "max_model_len": scale.max_model_len},
+            "model": {
+                "model_dir": model_dir,
+                "max_model_len": scale.max_model_len,
+                "quant_method": "fp8_e4m3" if "weights" in scale.fp8 else "auto",
+            },
             "parallel": {"tensor_parallel_size": tp},
-            "cache": {"num_blocks": num_blocks},
+            "cache": {"num_blocks": num_blocks, "dtype": "fp8_e4m3" if "kv" in scale.fp8 else "auto"},
             "scheduler": {"max_num_batched_tokens": scale.max_batched_tokens, "max_num_seqs": max_num_seqs, "max_num_waiting": 1 << 20},
             "runtime": {"device": scale.device},
         }
@@ -355,6 +363,10 @@ def _served_cluster(model_dir: str, scale: Scale) -> dict[str, Any]:
                 "max_token_len": scale.max_model_len,
                 "split_fuse_token_num": 0,
             },
+            "quantization_config": {
+                "kv_cache": {"dtype": "fp8_e4m3" if "kv" in scale.fp8 else "auto"},
+                "weight": {"quant_method": "fp8_e4m3" if "weights" in scale.fp8 else "auto"},
+            },
         },
         "ksana_lab": {"device": scale.device, "num_blocks": scale.num_blocks_small, "num_threads": 0 if scale.device == "cuda" else 1},
     }
@@ -368,6 +380,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--models", default="qwen3-8b,qwen3-0.6b", help="of qwen3-8b, qwen3-0.6b")
     parser.add_argument("--parts", default="decode,ttft,offline,served", help="of decode, ttft, offline, served")
     parser.add_argument("--tp", type=int, default=0, metavar="N", help="measure decode on one GPU and on N instead")
+    parser.add_argument("--fp8", default="", metavar="PARTS", help="of weights, kv: what is kept in 8 bits")
     parser.add_argument("--trial", action="store_true", help="qwen3-tiny on a CPU: does every path work?")
     parser.add_argument("--json", metavar="FILE", help="write the rows there; rows of other names are kept")
     args = parser.parse_args(argv)
@@ -375,7 +388,10 @@ def main(argv: Sequence[str]) -> int:
     if "backend:" in os.environ.get(ALLOCATOR_VARIABLE, ""):  # torch has read it by now, and decode graphs need torch's own allocator
         os.execve(sys.executable, [sys.executable, "-m", "ksana_lab.bench", "engine", *argv], environment)
     os.environ.update(environment)
-    scale = TRIAL if args.trial else GPU
+    fp8 = tuple(sorted(part for part in args.fp8.split(",") if part))
+    if not set(fp8) <= {"weights", "kv"}:
+        parser.error(f"--fp8 takes weights, kv or weights,kv, not {args.fp8}")
+    scale = replace(TRIAL if args.trial else GPU, fp8=fp8)
     if not args.trial and not torch.cuda.is_available():
         print("error: bench engine measures a GPU, and torch sees none here", file=sys.stderr)
         return 2
@@ -383,6 +399,7 @@ def main(argv: Sequence[str]) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for row in _all_rows(folder, models, parts, args.tp, scale):
+            row.name += "".join(f".fp8_{part}" for part in fp8)
             print(_line(row), flush=True)
             rows.append(row)
             if args.json:
@@ -401,14 +418,14 @@ def _all_rows(folder: str, models: Sequence[str], parts: Sequence[str], tp: int,
     for name in models:
         arch, _, shape = name.partition("-")
         model_dir = str(synthesize(Path(folder, name), arch, shape, has_weights=False))
-        floors = Floors(SHAPES[name], ceilings)
+        floors = Floors(SHAPES[name], ceilings, scale.fp8)
         if tp:
             if name == models[0]:  # its rows carry no name
                 yield from measure_tp(model_dir, tp, scale)
             continue
-        if name != "qwen3-8b" or scale is TRIAL:
+        if name != "qwen3-8b" or scale.device == "cpu":
             yield from measure_small(name, model_dir, parts, floors, scale)
-        if name == "qwen3-8b" or scale is TRIAL:
+        if name == "qwen3-8b" or scale.device == "cpu":
             yield from measure_large(name, model_dir, parts, floors, scale)
             if "served" in parts:
                 yield from measure_served(name, model_dir, floors, scale)

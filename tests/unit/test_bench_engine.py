@@ -24,4 +24,7 @@ def test_floors_of_the_8b_shape_are_its_bytes_and_multiplications():
     floors = Floors(SHAPES["qwen3-8b"], Ceilings(4.15e12, 779e12))
     assert floors.decode_s(1, GPU.context) * 1e3 == pytest.approx(3.7, rel=0.03)  # 15.1 GB of weights
     assert floors.decode_s(256, GPU.context) * 1e3 == pytest.approx(13.0, rel=0.03)  # and 38 GB of keys and values
+    narrow = Floors(SHAPES["qwen3-8b"], Ceilings(4.15e12, 779e12), ("kv", "weights"))
+    assert narrow.decode_s(1, GPU.context) * 1e3 == pytest.approx(2.0, rel=0.03)  # 8.2 GB of weights
+    assert narrow.decode_s(256, GPU.context) * 1e3 == pytest.approx(6.6, rel=0.03)
     assert floors.prefill_s(16384) > 2 * floors.prefill_s(8192) and floors.prefill_s(1) == floors.decode_s(1, 0)
