@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -15,6 +16,7 @@ from ksana_lab.metrics import latency
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import Distribution, Summary, is_cancelled
 
+INSTALL_PARQUET = "pip install 'ksana_lab[parquet]'"
 RECORDS_VERSION = 1  # of the JSON-lines file; changes when RequestRecord's fields change meaning
 
 
@@ -70,14 +72,18 @@ def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:
 
 
 def write_parquet(frame: pd.DataFrame, path: str | Path) -> Path:
-    """Raises ConfigError when pyarrow is not installed."""
+    """A column of several types (an axis with ``unset`` beside numbers) becomes text. Raises ConfigError when pyarrow is not installed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        frame.to_parquet(path, index=False)
-    except ImportError as error:
-        raise ConfigError("Parquet needs pyarrow: pip install pyarrow, or write CSV") from error
+    if not has_parquet():
+        raise ConfigError(f"Parquet needs pyarrow: {INSTALL_PARQUET}; or write CSV")
+    mixed = [name for name in frame.columns if frame[name].dropna().map(type).nunique() > 1]
+    frame.assign(**{name: frame[name].map(str, na_action="ignore") for name in mixed}).to_parquet(path, index=False)
     return path
+
+
+def has_parquet() -> bool:
+    return importlib.util.find_spec("pyarrow") is not None
 
 
 def save_records(records: Iterable[RequestRecord], path: str | Path) -> Path:

@@ -56,6 +56,21 @@ def send_lag_s(record: RequestRecord) -> float | None:
     return record.sent_s - record.scheduled_s
 
 
+def router_path_s(record: RequestRecord) -> float | None:
+    """Just before the POST to the arrival at the prefilling engine: client, router, HTTP, tokenising. With ``queueing_s``, ``prefill_s``
+    and ``first_token_path_s`` it adds up to ``ttft_s``. Needs phases on the client's clock, as the event log of one run has them."""
+    if record.sent_s is None or "arrival" not in record.phases:
+        return None
+    return record.phases["arrival"] - record.sent_s
+
+
+def first_token_path_s(record: RequestRecord) -> float | None:
+    """End of prefill to the client's first message with a token. Covers the transfer, too, where the decode node answers."""
+    if not record.token_times_s or "prefill_end" not in record.phases:
+        return None
+    return record.token_times_s[0] - record.phases["prefill_end"]
+
+
 def queueing_s(record: RequestRecord) -> float | None:
     """Arrival at the prefilling engine to the first step that ran any of it."""
     return _between(record, "arrival", "prefill_start")
@@ -94,8 +109,10 @@ PER_REQUEST: dict[str, Callable[[RequestRecord], float | None]] = {
     "tpot_s": tpot_s,
     "e2e_s": e2e_s,
     "first_gap_s": first_gap_s,
+    "router_path_s": router_path_s,
     "queueing_s": queueing_s,
     "prefill_s": prefill_s,
+    "first_token_path_s": first_token_path_s,
     "transfer_s": transfer_s,
     "exposed_transfer_s": exposed_transfer_s,
     "decode_s": decode_s,

@@ -21,7 +21,8 @@ class RequestRecord:
     error: str | None = None  # None = completed
     output_token_ids: list[int] | None = None
     text: str | None = None
-    # Phases as the serving side saw them (seconds on the server's clock; differences are meaningful on one host).
+    # When what happened on the serving side: arrival prefill_start prefill_end transfer_start transfer_end first_token finished. From an
+    # event log (tracing/phases.py) they are on the client's clock, from elsewhere only their differences mean something.
     phases: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str | float | int] = field(default_factory=dict)  # sweep point, node pair, …
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from ksana_lab import log as log_format
 from ksana_lab.config.environment import drop_proxies
 from ksana_lab.errors import CheckpointError, ConfigError
+from ksana_lab.metrics.export import INSTALL_PARQUET, has_parquet
 from ksana_lab.sweep.report import markdown
 from ksana_lab.sweep.runner import Sweep
 from ksana_lab.workload import loadgen
@@ -51,7 +52,9 @@ def _run(sweep: Sweep) -> int:
     print(sweep.describe().splitlines()[0], flush=True)
     runs = sweep.run_sync(on_progress=None if sys.stderr.isatty() else lambda step: print(f"{step.state}: {step.point}", flush=True))
     print(f"\n{markdown(runs, [axis.name for axis in sweep.space.axes])}")
-    print(f"results   {sweep.folder}: results.csv, results.md, and a folder per run in runs/")
+    print(f"results   {sweep.folder}: results.md, results.csv, requests.csv, and a folder per run in runs/")
+    if not has_parquet():
+        print(f"          as Parquet, too, with pyarrow: {INSTALL_PARQUET}")
     for failure in sweep.failures:
         print(f"failed    {failure['point']}: {failure['error'].splitlines()[0]}")
     return 1 if sweep.failures else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ksana_lab.errors import ConfigError
-from ksana_lab.metrics.export import load_records, summary_row, to_frame, write_csv
+from ksana_lab.metrics.export import has_parquet, load_records, summary_row, to_frame, write_csv, write_parquet
 from ksana_lab.metrics.summary import SLO, goodput_rps_per_gpu, summarize
 from ksana_lab.sweep.store import Manifest, read_manifest, read_point
 
@@ -27,6 +27,7 @@ _SHOWN = (
     ("slo_attainment", "attainment", 1, 3),
     ("goodput_rps", "goodput", 1, 3),
 )
+TTFT_PARTS = ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s")
 _NOT_GROUPED = ("rate", "num_requests")  # differ along one curve
 
 
@@ -121,14 +122,49 @@ def _number(label: object) -> str:
     return f"{label:g}" if isinstance(label, float) else str(label)
 
 
+def decomposition(requests: pd.DataFrame, axes: Sequence[str] = ()) -> pd.DataFrame:
+    """Where TTFT went, one row per system, split, rate and combination of the other ``axes``: means over the completed requests whose event
+    log was there, ``num_requests`` of them. ``router_path_s queueing_s prefill_s first_token_path_s`` add up to ``ttft_s``."""
+    if requests.empty or "first_token_path_s" not in requests or requests["first_token_path_s"].isna().all():
+        return pd.DataFrame()
+    known = requests[requests["is_ok"]].dropna(subset=["ttft_s", *TTFT_PARTS])
+    by = list(dict.fromkeys(["system", "split", *(axis for axis in axes if axis in known), "rate"]))
+    groups = known.groupby(by, sort=False, dropna=False)
+    return groups[["ttft_s", *TTFT_PARTS]].mean().assign(num_requests=groups.size()).reset_index()
+
+
+def _parts_table(parts: pd.DataFrame) -> str:
+    names = {
+        "ttft_s": "TTFT",
+        "router_path_s": "router",
+        "queueing_s": "queue",
+        "prefill_s": "prefill",
+        "first_token_path_s": "first token",
+    }
+    shown = parts.assign(**{name: (1e3 * parts[name]).map("{:.1f}".format) for name in names}).rename(columns=names)
+    lines = ["| " + " | ".join(map(str, shown.columns)) + " |", "|" + "---|" * len(shown.columns)]
+    for row in shown.itertuples(index=False):
+        lines.append("| " + " | ".join("-" if pd.isna(cell) else _number(cell) for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def write_report(folder: str | Path) -> pd.DataFrame:
-    """results.csv, results.md and, where there are an SLO and rates, goodput.csv, in the sweep's folder; returns the runs."""
+    """results.csv, requests.csv and results.md; where there are event logs ttft.csv; where there are an SLO and rates goodput.csv; where
+    pyarrow is installed the first two as Parquet. In the sweep's folder; returns the runs."""
     folder = Path(folder)
     manifest, runs = read_manifest(folder), load_results(folder)
     if runs.empty:
         return runs
+    requests = load_requests(folder)
     write_csv(runs, folder / "results.csv")
+    write_csv(requests, folder / "requests.csv")
+    if has_parquet():
+        write_parquet(runs, folder / "results.parquet")
+        write_parquet(requests, folder / "requests.parquet")
     text = f"# {manifest.name}\n\n{markdown(runs, manifest.axes)}"
+    if len(parts := decomposition(requests, manifest.axes)):
+        write_csv(parts, folder / "ttft.csv")
+        text += f"\nWhere the time to first token went (ms, mean over the requests of all repeats):\n\n{_parts_table(parts)}"
     if manifest.slo and runs["rate"].notna().any():
         table = goodput(runs, manifest.axes, target=manifest.target)
         write_csv(table, folder / "goodput.csv")

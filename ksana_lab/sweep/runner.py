@@ -26,13 +26,15 @@ from tqdm.auto import tqdm
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.config.cluster import ClusterConfig
-from ksana_lab.errors import KsanaLabError
+from ksana_lab.errors import ConfigError, KsanaLabError
+from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.sweep import report as reports
 from ksana_lab.sweep import search
 from ksana_lab.sweep.environment import code_version
 from ksana_lab.sweep.events import EventTap
 from ksana_lab.sweep.space import Schedule, Setup, Space, SweepConfig, SweepPoint, schedule_of
 from ksana_lab.sweep.store import Manifest, Store, read_failures, read_point
+from ksana_lab.tracing.phases import add_phases
 from ksana_lab.workload import loadgen
 from ksana_lab.workload.event_loop import new_event_loop
 from ksana_lab.workload.spec import WorkloadSpec
@@ -407,9 +409,10 @@ class _Runs:
         if not any(record.is_ok for record in report.records):
             error = next((record.error for record in report.records if record.error), "there was none")
             raise KsanaLabError(f"no request completed; the first said: {error}")
-        if up.tap is not None and not up.tap.copy_to(folder / "events", (r.request_id for r in report.records if r.is_ok)):
-            report.notes.append("the event logs do not show the end of every request")
-        timing = {"run_s": time.monotonic() - started_s, "cluster_start_s": up.start_s, "unix_s": time.time()}
+        run_s = time.monotonic() - started_s
+        if up.tap is not None:
+            report.notes += _join_events(up.tap, folder / "events", report.records)
+        timing = {"run_s": run_s, "cluster_start_s": up.start_s, "unix_s": time.time()}
         nodes = {node.name: node.config_text() for node in up.cluster.plan.nodes}
         facts = {
             "is_trustworthy": report.is_trustworthy,
@@ -473,6 +476,17 @@ class _Up:
     start_s: float
     code_version: str  # when it started: its processes have read the source then
     stack: contextlib.ExitStack = field(repr=False)
+
+
+def _join_events(tap: EventTap, folder: Path, records: Sequence[RequestRecord]) -> list[str]:
+    """Copy the event logs of a run there and give its records their phases; what falls short, in words."""
+    done = [record for record in records if record.is_ok]
+    notes = [] if tap.copy_to(folder, (r.request_id for r in done)) else ["the event logs do not show the end of every request"]
+    try:
+        count = add_phases(done, folder)
+    except (ConfigError, LookupError, TypeError, ValueError) as error:  # a log of another version; the measurement stands without phases
+        return [*notes, f"the event logs cannot be joined: {type(error).__name__}: {error}"]
+    return notes if count == len(done) else [*notes, f"the event logs tell the phases of {count} of {len(done)} requests"]
 
 
 def _mean(values: Sequence[float]) -> float | None:

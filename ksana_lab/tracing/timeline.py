@@ -134,6 +134,18 @@ def join(logs: Sequence[ProcessLog], client: Sequence[RequestRecord] = ()) -> Ti
     )
 
 
+def request_frame(logs: Sequence[ProcessLog], client: Sequence[RequestRecord]) -> tuple[pd.DataFrame, float]:
+    """``Timeline.requests`` but for what needs the engines' steps, and the second on the client's clock from which its times count."""
+    alignment = align(logs)
+    origin_ns = _origin(logs, alignment, client)
+    seen = _Marks(logs, alignment, origin_ns)
+    seen.add_client(client)
+    transfers = join_transfers(logs, seen.seconds, seen.request_of_transfer)
+    seen.add_transfers(transfers)
+    requests, _ = _requests(seen, client)
+    return (requests.join(request_transfers(transfers), on="request_id") if len(requests) else requests), origin_ns / 1e9
+
+
 def _origin(logs: Sequence[ProcessLog], alignment: Alignment, client: Sequence[RequestRecord]) -> int:
     times = [alignment.to_reference(log.clock_domain, e["ts"]) for log in logs for e in log.events if e.get("cat") == "request"]
     times += [round(r.sent_s * 1e9) for r in client if r.sent_s is not None]
@@ -399,6 +411,7 @@ def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, 
         "last_token_s": last,
         "ttft_s": _less(token, sent),
         "e2e_s": _less(last, sent),
+        "queued_s": get((first, "QUEUED")),
         "queueing_s": _less(get((first, "PREFILL_START")), get((first, "QUEUED"))),
         "prefill_start_s": get((first, "PREFILL_START")),
         "prefill_end_s": get((first, "PREFILL_END")),

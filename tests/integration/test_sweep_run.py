@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
 
 from ksana_lab.metrics.export import load_records
 from ksana_lab.models.synth import synthesize
-from ksana_lab.sweep.report import load_results
+from ksana_lab.sweep.report import TTFT_PARTS, load_requests, load_results
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SWEEP = {
@@ -88,6 +89,20 @@ def test_a_killed_sweep_goes_on_where_it_was_and_keeps_everything(tmp_path, star
     assert list((tmp_path / "out" / "partial").iterdir()) == []
     for folder in map(Path, runs["folder"]):
         check_folder(folder)
+    check_decomposition(tmp_path / "out")
+
+
+def check_decomposition(out: Path) -> None:
+    """Router, queue, prefill and the first token's way add up to what the client saw, and none of them is less than nothing."""
+    requests = load_requests(out)
+    parts = requests[list(TTFT_PARTS)]
+    allowed = (0.02 * requests["ttft_s"]).clip(lower=1e-3)
+    assert len(requests) == 32 and parts.notna().all(axis=None)
+    assert ((parts.sum(axis=1) - requests["ttft_s"]).abs() <= allowed).all()
+    assert (parts.min(axis=1) >= -allowed).all(), parts
+    assert (requests.loc[requests["system"] == "disaggregated", "exposed_transfer_s"] >= 0).all()
+    table = pd.read_csv(out / "ttft.csv")
+    assert table["num_requests"].tolist() == [8] * 4 and "| first token |" in (out / "results.md").read_text()
 
 
 def check_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from ksana_lab.errors import ConfigError
+from ksana_lab.metrics import export
 from ksana_lab.metrics.export import gaps_frame, load_records, save_records, summary_row, to_frame, vllm_result, write_csv
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import SLO, summarize
@@ -61,3 +62,16 @@ def test_summary_row_is_flat_and_names_its_units():
     assert row["ttft_s_p50"] == pytest.approx(0.5)
     assert (row["slo_attainment"], row["num_failed"], row["rate"]) == (0.5, 1, 4)
     assert all(isinstance(value, (int, float)) for value in row.values())
+
+
+def test_a_column_of_numbers_and_words_goes_into_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"link": [1, "unset", None], "rate": [1.0, 2.0, None]})
+    back = pd.read_parquet(export.write_parquet(frame, tmp_path / "r.parquet"))
+    assert back["link"].tolist()[:2] == ["1", "unset"] and back["link"].isna()[2] and back["rate"].tolist()[:2] == [1.0, 2.0]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "has_parquet", lambda: False)
+    with pytest.raises(ConfigError, match=r"ksana_lab\[parquet\]"):
+        export.write_parquet(pd.DataFrame({"a": [1]}), tmp_path / "r.parquet")

@@ -6,9 +6,12 @@ import pytest
 from helpers_trace import FakeRun
 
 from ksana_lab.errors import ConfigError
+from ksana_lab.metrics import latency
+from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.tracing import perfetto
 from ksana_lab.tracing.events import read_logs
 from ksana_lab.tracing.figures import FIGURES
+from ksana_lab.tracing.phases import add_phases
 from ksana_lab.tracing.timeline import load
 
 
@@ -125,3 +128,22 @@ def test_link_use_integrates_to_the_bytes_sent(tmp_path):
     use = perfetto.link_use(run)
     seconds = use["at_s"].diff().shift(-1).fillna(0.0)
     assert (use["bytes_per_s"] * seconds).sum() == pytest.approx(run.transfers["bytes"].sum(), rel=1e-6)
+
+
+def test_records_get_their_phases_on_the_clients_clock(tmp_path):
+    fake = FakeRun(queueing_ms=7.0)
+    fake.write(tmp_path)
+    assert add_phases(fake.client, tmp_path) == 3
+    for record in fake.client:
+        parts = [latency.PER_REQUEST[name](record) for name in ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s")]
+        assert parts == pytest.approx([0.00065, 0.007, 0.020, 0.0005], abs=1e-5)
+        assert sum(parts) == pytest.approx(latency.ttft_s(record), abs=1e-6)
+        assert latency.exposed_transfer_s(record) == pytest.approx(0.001, abs=1e-5)
+
+
+def test_a_request_that_the_log_does_not_know_keeps_none(tmp_path):
+    fake = FakeRun()
+    fake.write(tmp_path)
+    stranger = RequestRecord("stranger", 8, 1, sent_s=1.0, token_times_s=[1.1], token_counts=[1], finished_s=1.1)
+    assert add_phases([*fake.client, stranger], tmp_path) == 3 and stranger.phases == {}
+    assert latency.router_path_s(stranger) is None and latency.first_token_path_s(stranger) is None
