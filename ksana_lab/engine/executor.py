@@ -110,7 +110,15 @@ class Executor:
         try:
             ModelConfig.from_dir(config.model.model_dir).check_tensor_parallel(size)  # before anything is started
             self._start_children(config, ipc_dir)
-            self.worker = Worker(config, 0, init_method=rendezvous(ipc_dir), ipc_dir=ipc_dir, recorder=recorder, wake=wake)
+            self.worker = Worker(
+                config,
+                0,
+                init_method=rendezvous(ipc_dir),
+                ipc_dir=ipc_dir,
+                recorder=recorder,
+                wake=wake,
+                while_waiting=self._check_children,
+            )
             num_blocks = self._agree_on_blocks()
             self.layout: KVLayout = self.worker.layout(num_blocks)
             self.num_host_blocks = num_host_blocks(config, self.layout)

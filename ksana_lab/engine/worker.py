@@ -92,7 +92,9 @@ class Worker:
         ipc_dir: str = "",
         recorder: NullRecorder | None = None,
         wake: Callable[[], None] = lambda: None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        """``while_waiting``: as in ``TPGroup.connect``."""
         self.config = config
         self.rank = rank
         self.device = resolve_device(config, rank)
@@ -104,7 +106,8 @@ class Worker:
         _refuse_unsupported(config, self.device)
         self.model_config.check_tensor_parallel(config.parallel.tensor_parallel_size)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        self.tp = TPGroup.connect(rank, config.parallel.tensor_parallel_size, init_method, backend=backend)
+        size = config.parallel.tensor_parallel_size
+        self.tp = TPGroup.connect(rank, size, init_method, backend=backend, while_waiting=while_waiting)
         self.connector: WorkerConnector | None = None
         self.host_blocks: HostBlocks | None = None
         try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from ksana_lab.errors import KsanaLabError
 from ksana_lab.layers.all_reduce import AllReduceBySize, connect
+
+_LOOK_S = 0.02  # between two looks for ranks that are not there yet
 
 
 class TPGroup:
@@ -38,18 +42,28 @@ class TPGroup:
 
     @classmethod
     def connect(
-        cls, rank: int, size: int, init_method: str, *, backend: str = "gloo", timeout_s: float = 120.0, host: str = "127.0.0.1"
+        cls,
+        rank: int,
+        size: int,
+        init_method: str,
+        *,
+        backend: str = "gloo",
+        timeout_s: float = 120.0,
+        host: str = "127.0.0.1",
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> TPGroup:
         """Meet the other ranks; blocks at most ``timeout_s``, which also bounds every later operation.
 
         ``init_method``: ``file:///path`` (a path in a private directory, that no earlier group used; needs no port) or
         ``tcp://host:port`` (rank 0 listens there, on that address alone). ``backend``: ``gloo`` for CPU tensors, ``nccl`` for CUDA
-        (call ``torch.cuda.set_device`` before). ``host``: the address gloo's own connections use. Raises KsanaLabError."""
+        (call ``torch.cuda.set_device`` before). ``host``: the address gloo's own connections use. ``while_waiting``: called again and again
+        until all are there; what it raises ends the wait. Raises KsanaLabError."""
         if size == 1:
             return cls.single()
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             store = _open_store(init_method, rank, size, timeout)
+            _await_ranks(store, rank, size, timeout_s, while_waiting)
             group = _make_process_group(store, rank, size, backend, timeout, host)
         except (RuntimeError, OSError) as error:
             raise KsanaLabError(
@@ -136,6 +150,17 @@ def _open_store(init_method: str, rank: int, size: int, timeout: datetime.timede
     # TCPStore by itself would listen on every interface; give it a socket bound to this address only.
     listener = socket.create_server((host, int(port)))
     return dist.TCPStore(host, int(port), size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _await_ranks(store: Any, rank: int, size: int, timeout_s: float, while_waiting: Callable[[], None]) -> None:
+    """Before the group is made, whose making cannot be interrupted."""
+    store.set(f"here/{rank}", b"1")
+    deadline = time.monotonic() + timeout_s
+    while not store.check([f"here/{other}" for other in range(size)]):
+        while_waiting()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"of {size} ranks not all are there")
+        time.sleep(_LOOK_S)
 
 
 def _make_process_group(store: Any, rank: int, size: int, backend: str, timeout: datetime.timedelta, host: str) -> Any:

@@ -212,6 +212,19 @@ def test_a_dead_rank_fails_the_engine_with_a_reason(tmp_path):
         node.close()
 
 
+def test_a_rank_that_dies_before_it_has_joined_is_not_waited_for(tmp_path):
+    node = Node(tmp_path, parallel=ParallelOptions(tensor_parallel_size=2), cache=CacheOptions(num_blocks=60))
+    try:
+        engine = psutil.Process(node.process.pid)
+        while not (ranks := engine.children()):
+            assert node.process.poll() is None
+        ranks[0].kill()  # it has not even imported torch
+        assert "rank 1" in node.wait_for(EngineFailed).error
+        assert node.process.wait(20) == 1
+    finally:
+        node.close()
+
+
 def test_ranks_end_with_a_killed_engine(tmp_path):
     node = Node(tmp_path, parallel=ParallelOptions(tensor_parallel_size=2), cache=CacheOptions(num_blocks=60))
     try:

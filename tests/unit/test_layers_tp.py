@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers_model import PagedBatch
 
-from ksana_lab.errors import KsanaLabError
+from ksana_lab.errors import EngineDead, KsanaLabError
 from ksana_lab.layers.embedding import VocabEmbedding, VocabHead
 from ksana_lab.layers.tp import TPGroup
 from ksana_lab.models.config import ModelConfig
@@ -107,6 +107,14 @@ def test_missing_rank_is_an_error_in_bounded_time(meeting):
     with pytest.raises(KsanaLabError, match="rank 0 of 2 did not meet the others"):
         TPGroup.connect(0, 2, meeting, timeout_s=0.5)
     assert time.monotonic() - start < 10
+
+
+def test_waiting_for_a_rank_ends_when_it_is_known_to_be_dead(meeting):
+    def note_death() -> None:
+        raise EngineDead("rank 1 ended")
+
+    with pytest.raises(EngineDead):
+        TPGroup.connect(0, 2, meeting, timeout_s=60, while_waiting=note_death)
 
 
 def test_rank_that_leaves_fails_the_others_at_once(meeting):
