@@ -181,8 +181,6 @@ class Group:
         Group.seen = (rank, size, os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING"))
         self.aborted = threading.Event()
 
-    def eager_connect_single_device(self, device): ...
-
     def abort(self):
         self.aborted.set()
 
@@ -192,7 +190,7 @@ def channel(monkeypatch):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
-    return nccl.NcclChannel(None, 1, torch.device("cuda", 0), 5.0)
+    return nccl.NcclChannel(None, 1, torch.device("cuda", 0))
 
 
 def test_a_failing_communicator_does_not_end_the_process(channel):

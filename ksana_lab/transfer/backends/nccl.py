@@ -97,14 +97,12 @@ class GlooChannel:
 
 
 class NcclChannel:
-    def __init__(self, store: Any, rank: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, store: Any, rank: int, device: torch.device) -> None:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(days=1)  # time is kept here, see ``wait``
-        self._peer, self._device = 1 - rank, device
+        self._peer = 1 - rank
         with torch.cuda.device(device), _environment(_NO_TEARDOWN):
-            group = dist.ProcessGroupNCCL(store, rank, 2, options)
-            group.eager_connect_single_device(device)
-        self._group: Any = group
+            self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
 
     def send(self, memory: torch.Tensor) -> Any:
         return _group_of(self).send([memory], self._peer, 0)
@@ -168,13 +166,19 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
 
 def make_channel(store_address: tuple[str, int], name: str, rank: int, device: torch.device, host: str, timeout_s: float) -> Channel:
     """Half ``rank`` (P's 0, D's 1) of the communicator ``name``. Blocks for the other half, bounded. Raises TransferError."""
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout, channel = datetime.timedelta(seconds=timeout_s), None
     try:
         client = dist.TCPStore(*store_address, None, False, timeout, wait_for_workers=False)
         store = dist.PrefixStore(name, client)
-        return NcclChannel(store, rank, device, timeout_s) if device.type == "cuda" else GlooChannel(store, rank, host, timeout_s)
-    except RuntimeError as error:  # what torch.distributed raises is derived from it
-        hints = _HINTS if device.type == "cuda" else ""
+        channel = NcclChannel(store, rank, device) if device.type == "cuda" else GlooChannel(store, rank, host, timeout_s)
+        # NCCL connects with the first byte.
+        byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        channel.wait(channel.receive(byte) if rank else channel.send(byte), lambda: False)
+        return channel
+    except (RuntimeError, ValueError, TransferError) as error:  # what torch.distributed raises is the first or the second
+        if channel is not None:
+            channel.abort()
+        hints = _HINTS if device.type == "cuda" and not isinstance(error, TransferError) else ""
         raise TransferError(f"the communicator was not made: {_first_line(error)}{hints}") from error
 
 
