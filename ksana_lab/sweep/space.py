@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,7 @@ class SweepConfig(Frozen):
     workload: str | dict[str, Any]  # a workload file, or its content
     duration_s: float | None = Field(None, gt=0)  # every point sends rate * duration_s requests
     axes: dict[str, Any] = Field(default_factory=dict)
-    combine: Literal["product", "zip"] = "product"
+    combine: Literal["product", "zip"] | list[list[str]] = "product"  # lists: these axes advance together, all else is a product
     repeats: int = Field(1, ge=1)  # of every point, with seeds of their own
     baseline: bool | BaselineOptions = True
     slo: dict[str, Any] = Field(default_factory=dict)
@@ -150,10 +150,11 @@ class Axis:
     values: tuple[AxisValue, ...]
 
 
-def parse_axes(raw: Mapping[str, Any]) -> list[Axis]:
+def parse_axes(raw: Mapping[str, Any], linked: Collection[str] = ()) -> list[Axis]:
     """Three forms: ``rate: [1, 2]`` · ``link: {key: ksana_lab.link.bandwidth_gbps, values: [1, 10]}`` ·
-    ``split: {1P2D: {nodes.prefill.count: 1, nodes.decode.count: 2}, …}`` (linked: a label sets several keys). Raises ConfigError."""
-    axes = [_parse_axis(name, values) for name, values in raw.items()]
+    ``split: {1P2D: {nodes.prefill.count: 1, nodes.decode.count: 2}, …}`` (linked: a label sets several keys). Axes that advance
+    with others (``linked``) may say a value twice. Raises ConfigError."""
+    axes = [_parse_axis(name, values, name in linked) for name, values in raw.items()]
     owner: dict[str, str] = {}
     for axis in axes:
         if axis.name in RESERVED:
@@ -166,7 +167,14 @@ def parse_axes(raw: Mapping[str, Any]) -> list[Axis]:
     return axes
 
 
-def _parse_axis(name: str, raw: Any) -> Axis:
+def _linked(config: SweepConfig) -> list[list[str]]:
+    """Groups of axes that advance together."""
+    if config.combine == "product":
+        return []
+    return [list(config.axes)] if config.combine == "zip" else list(config.combine)
+
+
+def _parse_axis(name: str, raw: Any, is_linked: bool) -> Axis:
     column = name.removeprefix("workload.").removeprefix("cluster.")
     if isinstance(raw, list):
         values = [AxisValue(_label(value), {name: value}) for value in raw]
@@ -181,7 +189,7 @@ def _parse_axis(name: str, raw: Any) -> Axis:
     if not values:
         raise ConfigError(f"axes.{name} has no values")
     labels = [value.label for value in values]
-    if len(set(map(str, labels))) < len(labels):
+    if len(set(map(str, labels))) < len(labels) and not is_linked:
         raise ConfigError(f"axes.{name}: a value occurs twice in {labels}")
     return Axis(column, tuple(values))
 
@@ -256,7 +264,7 @@ class Space:
         self.config, self._source = config, source
         self._model_dir = model_dir or config.model_dir
         self._base_workload = _read_workload(config.workload, Path(source).parent)
-        self.axes = parse_axes(config.axes)
+        self.axes = parse_axes(config.axes, {name for group in _linked(config) for name in group})
         if config.search is not None and any("rate" in _workload_keys(value.settings) for axis in self.axes for value in axis.values):
             raise ConfigError(f"{source}: search tries rates of its own; take the axis over rate out")
         self._clusters: dict[tuple[tuple[str, str], ...], ClusterConfig] = {}
@@ -314,12 +322,22 @@ class Space:
         return sorted(reversed(unique.values()), key=lambda setup: first[setup.cluster_key])
 
     def _combinations(self) -> list[tuple[AxisValue, ...]]:
-        if self.config.combine == "product":
-            return list(itertools.product(*(axis.values for axis in self.axes)))
-        lengths = {axis.name: len(axis.values) for axis in self.axes}
-        if len(set(lengths.values())) > 1:
-            raise ConfigError(f"{self._source}: combine: zip needs axes of one length, they have {lengths}")
-        return list(zip(*(axis.values for axis in self.axes), strict=True))
+        """Each holds a value of every axis, in the order of the axes."""
+        groups = [group for group in _linked(self.config) if group]
+        names = [name for group in groups for name in group]
+        if unknown := sorted(set(names) - set(self.config.axes)):
+            raise ConfigError(f"{self._source}: combine names {unknown[0]}, which is no axis{nearest(unknown[0], self.config.axes)}")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{self._source}: combine names an axis twice: {names}")
+        values = dict(zip(self.config.axes, (axis.values for axis in self.axes), strict=True))
+        rows: list[list[dict[str, AxisValue]]] = [[{name: value} for value in own] for name, own in values.items() if name not in names]
+        for group in groups:
+            lengths = {name: len(values[name]) for name in group}
+            if len(set(lengths.values())) > 1:
+                raise ConfigError(f"{self._source}: combine: zip needs axes of one length, they have {lengths}")
+            rows.append([dict(zip(group, row, strict=True)) for row in zip(*(values[name] for name in group), strict=True)])
+        merged = [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*rows)]
+        return [tuple(row[name] for name in self.config.axes) for row in merged]
 
     def _setup(self, combination: tuple[AxisValue, ...]) -> Setup:
         workload, cluster = dict(self._base_workload), _flat(self.config.set)

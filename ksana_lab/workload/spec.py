@@ -5,6 +5,7 @@ requests, or for a warm-up, leaves the first ones as they were. Knows nothing of
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class TraceSource(_Frozen):
     path: str
     format: Literal["azure", "mooncake", "burstgpt", "sharegpt"] | None = None  # None: from the file
     skip: int = Field(0, ge=0)  # rows before the first one used
+    cycle: bool = False  # begin again when more requests are asked for than there are; for rate and users, which have times of their own
     tokenizer_dir: str | None = None  # sharegpt only: a model directory with tokenizer.json
 
 
@@ -100,6 +102,8 @@ class WorkloadSpec(_Frozen):
             raise ValueError("rate (open loop) and users (closed loop) exclude each other")
         if self.rate is None and self.users is None and self.trace is None:
             raise ValueError("say when requests are sent: rate=..., users=... or trace=...")
+        if self.trace is not None and self.trace.cycle and self.rate is None and self.users is None:
+            raise ValueError("trace.cycle needs rate or users: a trace's times happen once")
         if self.ramp_to is not None and (self.rate is None or math.isinf(self.rate) or math.isinf(self.ramp_to)):
             raise ValueError("ramp_to needs a finite rate to start from, and must be finite")
         if self.time_scale != 1.0 and (self.trace is None or self.rate is not None or self.users is not None):
@@ -227,6 +231,8 @@ def _trace_rows(spec: WorkloadSpec) -> tuple[Trace | None, list[TraceRow]]:
     trace = read_trace(source.path, source.format, encode=_encoder(source.tokenizer_dir))
     wanted = len(trace.rows) - source.skip if spec.num_requests is None else spec.num_requests
     rows = trace.rows[source.skip : source.skip + wanted]
+    if source.cycle and rows:
+        rows = list(itertools.islice(itertools.cycle(trace.rows[source.skip :]), wanted))
     if not rows or len(rows) < wanted:
         raise ConfigError(f"trace {source.path} has {len(trace.rows)} requests: cannot take {max(1, wanted)} after skipping {source.skip}")
     if not trace.has_timestamps and spec.rate is None and spec.users is None:

@@ -31,6 +31,14 @@ def test_a_product_has_every_combination_and_zip_pairs_them(tmp_path):
     assert [(s.workload.rate, s.cluster.setting["batch_scheduler"]["max_batch_size"]) for s in zipped] == [(1, 4), (2, 8)]
 
 
+def test_axes_that_advance_together_are_multiplied_with_the_rest(tmp_path):
+    axes = {"prompt_tokens": [16, 16, 32], "max_batch_size": [4, 8], "rate": [1, 2, 1]}
+    setups = of(space(tmp_path, axes=axes, combine=[["prompt_tokens", "rate"]]), False)
+    pairs = [(16, 1), (16, 2), (32, 1)]
+    assert {tuple(s.labels[name] for name in axes) for s in setups} == {(p, batch, rate) for p, rate in pairs for batch in (4, 8)}
+    assert len(setups) == 6
+
+
 def test_a_linked_axis_sets_several_keys_under_one_label(tmp_path):
     a_space = space(tmp_path, axes={"split": SPLITS})
     made = {s.labels["split"]: [g.count for g in s.cluster.nodes.values()] for s in of(a_space, False)}
@@ -159,6 +167,8 @@ def test_overrides_reach_the_sweep_its_axes_and_its_cluster(tmp_path):
         ({"axes": {"workload.seed": [1, 2]}}, "a column of this name"),
         ({"axes": {"a": {"key": "rate", "values": [1]}, "rate": [2]}}, "axes.a and axes.rate both set rate"),
         ({"axes": {"rate": [1, 2], "max_batch_size": [1]}, "combine": "zip"}, "needs axes of one length"),
+        ({"axes": {"rate": [1, 2]}, "combine": [["ratte"]]}, "combine names ratte, which is no axis; did you mean rate?"),
+        ({"axes": {"rate": [1, 2]}, "combine": [["rate"], ["rate"]]}, "names an axis twice"),
         ({"slo": {"tfft_s": 1}}, "slo.tfft_s is not a metric an SLO can bound; did you mean ttft_s?"),
         ({"repeat": 3}, "repeat is not a known key; did you mean repeats?"),
         ({"cluster": "none.yaml"}, "cannot read"),

@@ -124,3 +124,16 @@ def test_a_bad_field_is_one_clear_line(fields, told):
 def test_a_trace_shorter_than_asked_is_an_error():
     with pytest.raises(ConfigError, match="has 200 requests: cannot take 300"):
         WorkloadSpec.from_dict(dict(trace=AZURE, num_requests=300)).build()
+
+
+def test_a_trace_begins_again_where_it_is_told_to():
+    trace = {"path": "azure_llm_2023_conv_sample", "skip": 198, "cycle": True}
+    requests = WorkloadSpec(trace=trace, rate=5, num_requests=5).build().requests
+    assert [r.max_tokens for r in requests[:2]] == [r.max_tokens for r in requests[2:4]]
+    with pytest.raises(ConfigError, match="cannot take 5"):
+        WorkloadSpec(trace={**trace, "cycle": False}, rate=5, num_requests=5).build()
+
+
+def test_a_trace_does_not_happen_twice_at_its_own_times():
+    with pytest.raises(ConfigError, match=r"trace\.cycle needs rate or users"):
+        WorkloadSpec.from_dict({"trace": {"path": "azure_llm_2023_conv_sample", "cycle": True}})
