@@ -22,7 +22,7 @@ from torch import Tensor
 from ksana_lab import cuda_driver
 from ksana_lab.errors import KsanaLabError, TransferError
 from ksana_lab.layers import all_reduce_plan as plan
-from ksana_lab.layers.all_reduce_plan import NCCL, ONE_SHOT, OURS, PROGRAMS, Areas, Report, SizeTable, ladder
+from ksana_lab.layers.all_reduce_plan import LL, NCCL, OURS, PROGRAMS, Areas, Report, SizeTable, ladder
 
 if TYPE_CHECKING:
     from ksana_lab.layers.tp import TPGroup
@@ -49,6 +49,7 @@ class PeerMemory:
         self._own, self._unmap, self._is_mapped = own, unmap, True
         self.table = torch.tensor([*addresses, word.data_ptr()], dtype=torch.int64).to(own.device)
         self.epochs = torch.zeros(len(OURS), PROGRAMS, dtype=torch.int32, device=own.device).unbind()
+        self.pdl = own.is_cuda and torch.cuda.get_device_capability(own.device)[0] >= 9
         word.fill_(RUNNING)
 
     def run(self, algorithm: str, x: Tensor, looks: int = _LOOKS) -> None:
@@ -56,14 +57,15 @@ class PeerMemory:
         _launch(self, algorithm, x, looks)
 
     def takes(self, algorithm: str, x: Tensor) -> bool:
-        size = x.numel()
-        fits = 0 < size * x.element_size() <= self.areas.limit(algorithm) and size % plan.ALIGNMENT == 0
+        num_bytes = x.numel() * x.element_size()
+        unit = 4 if algorithm == LL else x.element_size()
+        fits = 0 < num_bytes <= self.areas.limit(algorithm) and num_bytes % (unit * plan.ALIGNMENT) == 0
         return fits and x.element_size() in (2, 4) and x.is_contiguous() and x.data_ptr() % 16 == 0
 
     def compile(self, dtype: torch.dtype) -> None:
         """All kernels that a message of ``dtype`` may take, without running any."""
         for algorithm in OURS:
-            for size in (self.areas.limit(algorithm) // dtype.itemsize, plan.ALIGNMENT):
+            for size in (self.areas.limit(algorithm) // dtype.itemsize, 2 * plan.ALIGNMENT):
                 _launch(self, algorithm, torch.empty(size, dtype=dtype, device=self._own.device), 1, is_dry=True)
 
     @property
@@ -85,13 +87,16 @@ class PeerMemory:
 def _launch(memory: PeerMemory, algorithm: str, x: Tensor, looks: int, is_dry: bool = False) -> None:
     from ksana_lab.layers import all_reduce_triton
 
-    areas = memory.areas
-    shape = plan.launch(algorithm, x.numel(), areas.world)
-    is_one = algorithm == ONE_SHOT
-    kernel = all_reduce_triton.one_shot if is_one else all_reduce_triton.two_shot
-    area, region = (areas.one_shot_area, areas.one_shot_region) if is_one else (areas.two_shot_area, areas.two_shot_region)
-    args = (x, memory.table, memory.epochs[OURS.index(algorithm)], x.numel(), shape.share, area, region // x.element_size(), looks)
-    options: dict[str, Any] = {"RANK": memory.rank, "WORLD": areas.world, "TILE": shape.tile, "num_warps": all_reduce_triton.NUM_WARPS}
+    options: dict[str, Any] = {"RANK": memory.rank, "WORLD": memory.areas.world, "PDL": memory.pdl}
+    item_bytes = x.element_size()
+    if algorithm == LL:
+        options["DTYPE"] = all_reduce_triton.TYPES[x.dtype]
+        x, item_bytes = x.view(-1).view(torch.int32), 8  # each word with its epoch
+    area, region = memory.areas.place(algorithm)
+    shape = plan.launch(algorithm, x.numel(), memory.areas.world)
+    kernel = all_reduce_triton.KERNELS[algorithm]
+    args = (x, memory.table, memory.epochs[OURS.index(algorithm)], x.numel(), shape.share, area, region // item_bytes, looks)
+    options |= {"TILE": shape.tile, "num_warps": shape.num_warps, **({"launch_pdl": True} if memory.pdl else {})}
     if is_dry:
         kernel.warmup(*args, grid=(shape.programs,), **options)
     else:
@@ -131,8 +136,10 @@ def connect(tp: TPGroup, max_bytes: int, dtype: torch.dtype) -> AllReduceBySize 
     try:
         reason = _agree(tp, _complaint(lambda: memory.compile(dtype)))
         if reason is None:
-            report = measure(tp, memory, dtype)
-            reason = None if report.table.steps else "nothing else was right and faster"
+            found: list[Report] = []
+            reason = _agree(tp, _complaint(lambda: found.append(measure(tp, memory, dtype))))
+            report = found[0] if reason is None else None
+            reason = reason or (None if found[0].table.steps else "nothing else was right and faster")
     finally:
         if report is None or reason is not None:
             memory.close()

@@ -7,15 +7,17 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-NCCL, ONE_SHOT, TWO_SHOT = "nccl", "one_shot", "two_shot"
-OURS = (ONE_SHOT, TWO_SHOT)
+NCCL, LL, ONE_SHOT, TWO_SHOT = "nccl", "ll", "one_shot", "two_shot"
+OURS = (LL, ONE_SHOT, TWO_SHOT)
 
 PROGRAMS = 64  # most in a launch; each has its places in memory whether it runs or not
 TILE = 4096  # elements that 512 threads move at a time: 16 bytes each at 16 bits
+LL_TILE = 1024  # words of 32 bits, all that a program of ll takes
 NUM_FLAG_SETS = 3  # the meeting of one_shot, the two of two_shot
 WORLD_SIZES = (2, 4, 8)  # flags are looked at as a vector, whose size is a power of two
 ALIGNMENT = 16  # elements; a message of any other length is NCCL's
 
+_LL_LARGEST = PROGRAMS * LL_TILE * 4
 _SMALLEST = 8 << 10
 _LARGEST = 16 << 20
 _ONE_SHOT_LARGEST = {2: 16 << 20, 4: 4 << 20, 8: 2 << 20}  # each rank sends world - 1 times the message
@@ -35,17 +37,22 @@ class Areas:
     """Offsets and sizes in bytes, the same in every rank's memory. Flags [NUM_FLAG_SETS, PROGRAMS, world] int32 come first."""
 
     world: int
-    one_shot_limit: int  # largest message
+    ll_limit: int  # largest message
+    one_shot_limit: int
     two_shot_limit: int
 
     @classmethod
     def of(cls, world: int, max_bytes: int) -> Areas:
         limit = ladder(max_bytes)[-1]
-        return cls(world, min(limit, _ONE_SHOT_LARGEST[world]), limit)
+        return cls(world, min(limit, _LL_LARGEST), min(limit, _ONE_SHOT_LARGEST[world]), limit)
+
+    @property
+    def ll_region(self) -> int:
+        """What one sender may put down for one program: each word with its epoch."""
+        return 8 * LL_TILE
 
     @property
     def one_shot_region(self) -> int:
-        """What one sender may put down for one program."""
         return max(_MIN_REGION, _round_up(-(-self.one_shot_limit // PROGRAMS), 256))
 
     @property
@@ -53,8 +60,12 @@ class Areas:
         return max(_MIN_REGION, _round_up(-(-self.two_shot_limit // (PROGRAMS * self.world)), 256))
 
     @property
-    def one_shot_area(self) -> int:
+    def ll_area(self) -> int:
         return _round_up(NUM_FLAG_SETS * PROGRAMS * self.world * 4, 4096)
+
+    @property
+    def one_shot_area(self) -> int:
+        return self.ll_area + 2 * (self.world - 1) * PROGRAMS * self.ll_region
 
     @property
     def two_shot_area(self) -> int:
@@ -65,21 +76,34 @@ class Areas:
         return self.two_shot_area + 2 * 2 * self.world * PROGRAMS * self.two_shot_region
 
     def limit(self, algorithm: str) -> int:
-        return self.one_shot_limit if algorithm == ONE_SHOT else self.two_shot_limit
+        return {LL: self.ll_limit, ONE_SHOT: self.one_shot_limit, TWO_SHOT: self.two_shot_limit}[algorithm]
+
+    def place(self, algorithm: str) -> tuple[int, int]:
+        """(offset of the algorithm's area, bytes of a region in it)"""
+        return {
+            LL: (self.ll_area, self.ll_region),
+            ONE_SHOT: (self.one_shot_area, self.one_shot_region),
+            TWO_SHOT: (self.two_shot_area, self.two_shot_region),
+        }[algorithm]
 
 
 @dataclass(frozen=True)
 class Launch:
     programs: int
-    share: int  # elements: a program's chunk (one_shot), or what it sums for all ranks (two_shot, whose chunk is world shares)
+    share: int  # elements (ll: words): a program's chunk, or what it sums for all ranks (two_shot, whose chunk is world shares)
     tile: int
+    num_warps: int
 
 
 def launch(algorithm: str, num_elements: int, world: int) -> Launch:
+    """``num_elements``: of ll, words of 32 bits."""
+    if algorithm == LL:
+        programs = -(-num_elements // LL_TILE)
+        return Launch(programs, _round_up(-(-num_elements // programs), ALIGNMENT), LL_TILE, 8)
     programs = min(PROGRAMS, -(-num_elements // TILE))
     parts = programs if algorithm == ONE_SHOT else programs * world
     share = _round_up(-(-num_elements // parts), ALIGNMENT)
-    return Launch(programs, share, TILE if share <= TILE else 4 * TILE)
+    return Launch(programs, share, TILE if share <= TILE else 4 * TILE, 16)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sums over the GPUs of one host through each other's memory: one step for small messages, two for larger ones.
+"""Sums over the GPUs of one host through each other's memory: in one step (two kernels: the first for the smallest messages), or in two.
 
 Every rank *writes* to its peers and reads only its own memory. A message is cut into chunks, one a program, and program b of a rank meets
 program b of the others and nobody else: it has its own places in every memory, its own flags, and its own count of calls (the epoch).
@@ -15,13 +15,14 @@ which the host reads (all_reduce.py). What it then computes is worthless."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ksana_lab.layers import all_reduce_plan as plan
 
 PROGRAMS = tl.constexpr(plan.PROGRAMS)
-NUM_WARPS = 16
 _LOOKS_PER_WORD = tl.constexpr(1024)  # flags are looked at in L2, the word across the host's bus
 
 
@@ -58,9 +59,12 @@ def _meet(table, which, program, epoch, most_looks, RANK: tl.constexpr, WORLD: t
 @triton.jit(do_not_specialize=["most_looks"])
 def one_shot(
     x, table, epochs, n, chunk, area, region, most_looks,
-    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # x [n], summed in place; chunk elements a program. Memory behind byte ``area``: [2 parities, WORLD - 1 senders, PROGRAMS, region].
+    if PDL:  # the next kernel may come near, this one has come early: nothing is touched before the one ahead has ended
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     epoch = tl.load(epochs + program) + 1
     lane = tl.arange(0, TILE)
@@ -92,9 +96,12 @@ def one_shot(
 @triton.jit(do_not_specialize=["most_looks"])
 def two_shot(
     x, table, epochs, n, share, area, region, most_looks,
-    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # As above; a chunk is a share for each rank, which sums it for all. Memory: [2 parities, in | sums, WORLD ranks, PROGRAMS, region].
+    if PDL:  # the next kernel may come near, this one has come early: nothing is touched before the one ahead has ended
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     epoch = tl.load(epochs + program) + 1
     lane = tl.arange(0, TILE)
@@ -137,3 +144,79 @@ def two_shot(
             at = start + lane
             tl.store(x + first + at, tl.load(sums + at, mask=at < count, cache_modifier=".cg"), mask=at < count)
     tl.store(epochs + program, epoch)
+
+
+@triton.jit
+def _halves(word, DTYPE: tl.constexpr):
+    """word int32: two numbers of 16 bits -> (first, second) float32; or one of 32 bits, and no second."""
+    if DTYPE.primitive_bitwidth == 16:
+        first = word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        second = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        first = word.to(tl.float32, bitcast=True)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _word(first, second, DTYPE: tl.constexpr):
+    if DTYPE.primitive_bitwidth == 16:
+        low = first.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word = low | (second.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        word = first.to(tl.int32, bitcast=True)
+    return word
+
+
+@triton.jit(do_not_specialize=["most_looks"])
+def ll(
+    x, table, epochs, n, chunk, area, region, most_looks,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # x [n] int32, each word two numbers of 16 bits or one of 32; a tile a program. Words travel with the epoch in one store of 8 bytes,
+    # which arrives whole (as NCCL's LL protocol has it): no fence, no flag behind. Memory: [2, WORLD - 1, PROGRAMS, region] of 8 bytes.
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    program = tl.program_id(0)
+    epoch = tl.load(epochs + program) + 1
+    at = tl.arange(0, TILE)
+    begin = program * chunk
+    live = at < tl.minimum(n - begin, chunk)
+    parity = (epoch & 1) * (WORLD - 1)
+    own = tl.load(x + begin + at, mask=live, other=0)
+    packed = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
+    for step in tl.static_range(1, WORLD):
+        memory = tl.cast(tl.load(table + (RANK + step) % WORLD) + area, tl.pointer_type(tl.int64))
+        inbox = tl.multiple_of(memory, 16) + ((parity + WORLD - step - 1) * PROGRAMS + program) * region
+        tl.store(inbox + at, packed, mask=live)
+    mine = tl.multiple_of(tl.cast(tl.load(table + RANK) + area, tl.pointer_type(tl.int64)), 16)
+    word = tl.cast(tl.load(table + WORLD), tl.pointer_type(tl.int32))
+    first = tl.zeros([TILE], tl.float32)
+    second = tl.zeros([TILE], tl.float32)
+    for rank in tl.static_range(WORLD):
+        if rank == RANK:
+            a, b = _halves(own, DTYPE)
+        else:
+            inbox = mine + ((parity + (rank - RANK + WORLD) % WORLD - 1) * PROGRAMS + program) * region
+            got = tl.load(inbox + at, mask=live, other=0, volatile=True)
+            is_late = tl.max((live & ((got >> 32).to(tl.int32) != epoch)).to(tl.int32), 0)
+            looks = 0
+            while (is_late != 0) & (looks < most_looks):
+                got = tl.load(inbox + at, mask=live, other=0, volatile=True)
+                is_late = tl.max((live & ((got >> 32).to(tl.int32) != epoch)).to(tl.int32), 0)
+                looks += 1
+                if looks % _LOOKS_PER_WORD == 0:  # noqa: SIM102
+                    if tl.load(word, volatile=True) != 0:
+                        looks = most_looks
+            if is_late != 0:
+                tl.store(word, 1)
+            a, b = _halves(got.to(tl.int32), DTYPE)
+        first += a
+        second += b
+    tl.store(x + begin + at, _word(first, second, DTYPE), mask=live)
+    tl.store(epochs + program, epoch)
+
+
+KERNELS = {plan.LL: ll, plan.ONE_SHOT: one_shot, plan.TWO_SHOT: two_shot}
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

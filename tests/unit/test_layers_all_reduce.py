@@ -8,7 +8,7 @@ import torch
 from ksana_lab.bench import allreduce
 from ksana_lab.errors import KsanaLabError
 from ksana_lab.layers import all_reduce
-from ksana_lab.layers.all_reduce_plan import NCCL, ONE_SHOT, PROGRAMS, TWO_SHOT, Areas, Report, SizeTable, fastest, ladder, launch
+from ksana_lab.layers.all_reduce_plan import LL, NCCL, ONE_SHOT, OURS, PROGRAMS, TWO_SHOT, Areas, Report, SizeTable, fastest, ladder, launch
 from ksana_lab.layers.tp import TPGroup
 
 MIB = 1 << 20
@@ -42,14 +42,18 @@ def test_the_ladder_ends_at_the_first_size_that_holds_the_largest_message():
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_message_fits_its_programs_places(world, max_bytes, itemsize):
     areas = Areas.of(world, max_bytes)
-    for algorithm, region in ((ONE_SHOT, areas.one_shot_region), (TWO_SHOT, areas.two_shot_region)):
+    for algorithm in OURS:
+        area, region = areas.place(algorithm)
+        itemsize = 4 if algorithm == LL else itemsize
         limit = areas.limit(algorithm) // itemsize
         for n in (n for n in (16, 4096, 4112, limit // 2 + 16, limit - 16, limit) if 0 < n <= limit):
             shape = launch(algorithm, n, world)
-            chunk = shape.share * (1 if algorithm == ONE_SHOT else world)
+            chunk = shape.share * (world if algorithm == TWO_SHOT else 1)
             assert shape.programs <= PROGRAMS and shape.programs * chunk >= n
-            assert shape.share * itemsize <= region and shape.share % 16 == 0
-    assert areas.one_shot_area % 256 == areas.two_shot_area % 256 == areas.one_shot_region % 256 == areas.two_shot_region % 256 == 0
+            assert shape.share * (8 if algorithm == LL else itemsize) <= region and shape.share % 16 == 0
+            assert shape.share <= shape.tile or algorithm != LL
+        assert area % 256 == region % 256 == 0
+    assert areas.ll_area < areas.one_shot_area < areas.two_shot_area < areas.nbytes < 300 * MIB
 
 
 def test_a_report_crosses_ranks_whole_and_names_what_was_wrong():

@@ -57,7 +57,7 @@ def test_a_layer_gives_the_same_through_its_own_kernel(calls, chosen, make, out_
         layer.own = None
         expected = run(x)
         layer.own = chosen
-        torch.testing.assert_close(run(x), expected)
+        torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-3)
         assert expected.shape == (rows, out_size)
     epilogue = SILU_MUL if isinstance(layer, GateUpLinear) else PLAIN
     assert calls == [(1, STREAM, epilogue, False), (20, TILES, epilogue, False)]
