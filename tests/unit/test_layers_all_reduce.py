@@ -126,3 +126,84 @@ def test_the_bench_says_why_there_is_nothing_to_compare(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [(None, "the ranks are not on GPUs")] * 2
+
+
+class FakeMemory:
+    """What map_peers would give; its sums go over the process group. ``faults``: (rank, algorithm) that adds wrongly."""
+
+    def __init__(self, tp: TPGroup, faults: set[tuple[int, str]]) -> None:
+        self._tp, self._faults = tp, faults
+        self.rank, self.areas, self.has_given_up, self.is_closed, self.ran = tp.rank, Areas.of(2, 32 << 10), False, False, []
+
+    def compile(self, dtype):
+        if (self.rank, "compile") in self._faults:
+            raise ValueError("no such instruction")
+
+    def takes(self, algorithm, x):
+        return True
+
+    def run(self, algorithm, x, looks=0):
+        self.ran.append(algorithm)
+        x.copy_(all_reduce.sum_in_rank_order(self._tp.gather(x)))
+        if (self.rank, algorithm) in self._faults:
+            x[-1] += 1
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def start_two(tmp_path, monkeypatch):
+    """Both ranks of a group that measures; per rank (its by_size, its memory, a sum by it)."""
+
+    class Graph:
+        def __init__(self, run):
+            self.replay = run
+
+    def start(faults=frozenset(), slow=()):
+        def timed(reduce, x):  # NCCL's is a method of the group, ours are closures that name their algorithm
+            name = NCCL if reduce.__name__ == "all_reduce_nccl" else reduce.__defaults__[0]
+            return {NCCL: 9.0, LL: 3.0, ONE_SHOT: 4.0, TWO_SHOT: 5.0}[name] + 100 * (name in slow)
+
+        memories = {}
+        monkeypatch.setattr(all_reduce, "_capture", Graph)
+        monkeypatch.setattr(all_reduce, "_median_us", timed)
+        monkeypatch.setattr(all_reduce, "map_peers", lambda tp, n: (memories.setdefault(tp.rank, FakeMemory(tp, faults)), None))
+
+        def work(rank: int):
+            tp = TPGroup.connect(rank, 2, f"file://{tmp_path}/meeting", timeout_s=30)
+            tp.choose_all_reduce_by_size(32 << 10, torch.float32)
+            total = tp.all_reduce(torch.full((4096,), rank + 1.0))
+            tp.barrier()
+            return tp.by_size, memories[rank], total[-1].item()
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(work, range(2)))
+
+    return start
+
+
+def test_ranks_start_with_the_fastest_of_what_is_right(start_two):
+    for by_size, memory, total in start_two():
+        assert by_size.report.table == SizeTable(((32768, LL),)) and memory.ran[-1] == LL and total == 3.0 and not memory.is_closed
+
+
+def test_what_is_wrong_on_one_rank_is_used_on_none(start_two):
+    for by_size, memory, total in start_two(faults={(1, LL)}):
+        assert by_size.report.table == SizeTable(((32768, ONE_SHOT),)) and by_size.report.wrong[LL] == [8192, 16384, 32768]
+        assert memory.ran[-1] == ONE_SHOT and total == 3.0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"faults": {(1, "compile")}}, "rank 1: ValueError: no such instruction"),
+        ({"slow": (LL, ONE_SHOT, TWO_SHOT)}, "nothing else was right and faster"),
+    ],
+    ids=["does not compile", "slow"],
+)
+def test_what_is_no_use_is_closed_and_the_log_says_why(start_two, caplog, change, why):
+    with caplog.at_level("INFO"):
+        for by_size, memory, total in start_two(**change):
+            assert by_size is None and memory.is_closed and total == 3.0
+    assert f"all-reduce is not chosen by size: {why}" in caplog.text
