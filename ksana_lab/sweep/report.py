@@ -133,7 +133,8 @@ def decomposition(requests: pd.DataFrame, axes: Sequence[str] = ()) -> pd.DataFr
     return groups[["ttft_s", *TTFT_PARTS]].mean().assign(num_requests=groups.size()).reset_index()
 
 
-def _parts_table(parts: pd.DataFrame) -> str:
+def parts_table(parts: pd.DataFrame) -> str:
+    """``decomposition`` for people, in ms."""
     names = {
         "ttft_s": "TTFT",
         "router_path_s": "router",
@@ -164,7 +165,7 @@ def write_report(folder: str | Path) -> pd.DataFrame:
     text = f"# {manifest.name}\n\n{markdown(runs, manifest.axes)}"
     if len(parts := decomposition(requests, manifest.axes)):
         write_csv(parts, folder / "ttft.csv")
-        text += f"\nWhere the time to first token went (ms, mean over the requests of all repeats):\n\n{_parts_table(parts)}"
+        text += f"\nWhere the time to first token went (ms, mean over the requests of all repeats):\n\n{parts_table(parts)}"
     if manifest.slo and runs["rate"].notna().any():
         table = goodput(runs, manifest.axes, target=manifest.target)
         write_csv(table, folder / "goodput.csv")

@@ -1,0 +1,181 @@
+"""``python -m ksana_lab.notebook.study runs/h200_2gpu … --out docs/results.md``: a sweep's folder as a section with tables and figures.
+
+A section stands between two comments with the sweep's name; made again, it is replaced, and what people wrote around it stays. Figures go
+to ``<out's folder>/results/<name>/`` as PNG, PDF and CSV. Knows what is in the folders, not how it came about."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ksana_lab.errors import ConfigError
+from ksana_lab.metrics.summary import SLO
+from ksana_lab.notebook import plots
+from ksana_lab.sweep import report
+from ksana_lab.sweep.store import read_failures, read_manifest
+
+ALL = "all requests"  # a sweep without an axis over traces has one part
+
+
+def write_study(folders: Sequence[str | Path], out: str | Path, *, slo: SLO | None = None) -> list[str]:
+    """Writes ``out`` and the figures beside it; the verdicts, one sentence per sweep and trace. Raises ConfigError for a folder without
+    finished runs."""
+    out = Path(out)
+    text = out.read_text(encoding="utf-8") if out.exists() else "# Results\n"
+    verdicts: list[str] = []
+    for folder in map(Path, folders):
+        study = _Study(folder, out.parent, slo)
+        section = "\n".join(study.lines())
+        verdicts += study.verdicts
+        text = _with_section(text, study.manifest.name, section)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return verdicts
+
+
+def _with_section(text: str, name: str, section: str) -> str:
+    begin, end = f"<!-- study {name} -->", f"<!-- end of {name} -->"
+    block = f"{begin}\n{section.rstrip()}\n{end}"
+    found = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return found.sub(lambda _: block, text) if found.search(text) else f"{text.rstrip()}\n\n{block}\n"
+
+
+class _Study:
+    """One folder."""
+
+    def __init__(self, folder: Path, base: Path, slo: SLO | None) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.runs = report.load_results(folder, slo=slo)
+        if self.runs.empty:
+            raise ConfigError(f"{folder} has no finished run yet")
+        self.requests = report.load_requests(folder)
+        self.slo = slo or (SLO.from_dict(self.manifest.slo) if self.manifest.slo else None)
+        self.base, self.figures = base, base / "results" / self.manifest.name
+        self.verdicts: list[str] = []
+
+    def lines(self) -> Iterator[str]:
+        yield f"## {self.manifest.name}"
+        yield ""
+        yield self._facts()
+        for trace, runs, requests in self._parts():
+            yield f"\n### {self.manifest.name}: {trace}\n"
+            yield from self._part(trace, runs, requests)
+        if failures := read_failures(self.folder):
+            yield "\n**Failed points**\n"
+            yield from (f"- {failure['point']}: {failure['error'].splitlines()[0]}" for failure in failures)
+
+    def _facts(self) -> str:
+        """Where and of what; the bounds."""
+        path = Path(self.runs["folder"].iloc[0])
+        environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        gpus = environment.get("gpus") or []
+        machine = f"{len(gpus)} × {gpus[0]}" if gpus else f"no GPU, {environment.get('cpu')}, {environment.get('num_usable_cores')} cores"
+        bounds = ", ".join(f"{name} ≤ {value:g} s" for name, value in vars(self.slo).items() if value) if self.slo else "none"
+        versions = environment.get("versions", {})
+        changed = " with changes" if environment.get("git_dirty") else ""
+        return " ".join(
+            [
+                f"{len(self.runs)} runs,",
+                f"{self.runs['num_completed'].sum():.0f} requests completed, {self.runs['num_failed'].sum():.0f} failed.",
+                f"Machine: {machine}.",
+                f"torch {versions.get('torch', '?')}, source {', '.join(self.runs['code_version'].unique())},",
+                f"commit {str(environment.get('git_commit'))[:10]}{changed}.",
+                f"SLO: {bounds}, for {self.manifest.target:.0%} of the requests.",
+                "A percentile over few requests (see ok) says little.",
+            ]
+        )
+
+    def _parts(self) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+        if "trace" not in self.runs:
+            yield ALL, self.runs, self.requests
+            return
+        for trace, runs in self.runs.groupby("trace", sort=False):
+            yield str(trace).removesuffix("_sample"), runs, self.requests[self.requests["trace"] == trace]
+
+    def _part(self, trace: str, runs: pd.DataFrame, requests: pd.DataFrame) -> Iterator[str]:
+        axes = [axis for axis in self.manifest.axes if axis != "trace"]
+        yield report.markdown(runs, axes)
+        if self.slo is not None and runs["rate"].notna().any():
+            table = report.goodput(runs, axes, target=self.manifest.target)
+            self.verdicts.append(f"{self.manifest.name}, {trace}: {verdict(table)}")
+            yield f"**{verdict(table)}**\n"
+            yield self._figure(trace, "goodput", plots.goodput_by_split(table), table, "Goodput per GPU.")
+        if len(parts := report.decomposition(requests, axes)):
+            yield "Where the time to first token went (ms):\n"
+            yield report.parts_table(parts)
+        yield from self._curves(trace, runs, requests)
+
+    def _curves(self, trace: str, runs: pd.DataFrame, requests: pd.DataFrame) -> Iterator[str]:
+        bounds = vars(self.slo) if self.slo is not None else {}
+        if runs["rate"].nunique() > 1:
+            for metric in ("ttft_s_p90", "tpot_s_p90"):
+                figure = plots.latency_vs_rate(runs, metric=metric, by="split", slo_s=bounds.get(metric.removesuffix("_p90")))
+                yield self._figure(
+                    trace, metric.removesuffix("_s_p90"), figure, runs, f"{metric[:4].upper()} p90 against the offered rate."
+                )
+            if self.slo is not None:
+                figure = plots.attainment_vs_rate(runs, by="split", target=self.manifest.target)
+                yield self._figure(trace, "attainment", figure, None, "Share of the requests that met the SLO.")
+        yield self._figure(trace, "pareto", plots.pareto(runs, by="split"), None, "Tokens/s per user against tokens/s per GPU.")
+        rates = sorted(requests["rate"].dropna().unique())
+        if rates:
+            middle = rates[len(rates) // 2]
+            figure = plots.latency_cdfs(requests[requests["rate"] == middle], by="split")
+            yield self._figure(trace, "cdf", figure, None, f"Latencies at {middle:g} requests/s.")
+
+    def _figure(self, trace: str, name: str, figure: Any, frame: pd.DataFrame | None, caption: str) -> str:
+        stem = self.figures / f"{re.sub(r'[^a-zA-Z0-9]+', '_', trace)}_{name}"
+        plots.save(figure, stem, None if frame is None else frame.drop(columns="folder", errors="ignore"))
+        return f"![{caption}]({stem.relative_to(self.base).as_posix()}.png)\n"
+
+
+def verdict(goodput: pd.DataFrame) -> str:
+    """Who serves more within the SLO, per GPU; honest where disaggregation loses."""
+    best: dict[str, tuple[float, str, bool]] = {}
+    for (system, split), rows in goodput.groupby(["system", "split"], sort=False):
+        value = float(rows["goodput_rps_per_gpu"].mean())
+        is_bound = bool((rows["goodput_rps_per_gpu"] * rows["num_gpus"] >= rows["max_rate"]).any())
+        if value == value and value >= best.get(str(system), (-1.0, "", False))[0]:
+            best[str(system)] = (value, str(split), is_bound)
+    said = ", ".join(f"{split} {'at least ' if is_bound else ''}{value:.3g}" for value, split, is_bound in best.values())
+    text = f"Requests/s per GPU within the SLO: {said or 'none'}"
+    p, m = best.get("disaggregated"), best.get("aggregated")
+    if p is None or m is None:
+        return f"{text}."
+    if p[2] and m[2]:
+        return f"{text}: both met it at the highest rate that was tried, so this says nothing about which is better."
+    if m[0] == 0 or p[0] == 0:
+        winner = "neither does" if p[0] == m[0] else "only disaggregation does" if m[0] == 0 else "only the mixed nodes do"
+        return f"{text}: {winner}."
+    gain = p[0] / m[0] - 1
+    bound = "at least " if (p[2] and gain > 0) or (m[2] and gain < 0) else ""
+    if abs(gain) < 0.03:
+        return f"{text}: as much as each other."
+    return f"{text}: disaggregation {'wins' if gain > 0 else 'loses'} by {bound}{abs(gain):.0%}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ksana_lab.notebook.study", description="Tables and figures of finished sweeps.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep, for example runs/h200_2gpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page to write (docs/results.md)")
+    parser.add_argument("--slo", action="append", default=[], metavar="NAME=SECONDS", help="judge by other bounds: --slo ttft_s=0.5")
+    options = parser.parse_args(arguments)
+    try:
+        slo = SLO.from_dict({name: float(value) for name, value in (text.split("=", 1) for text in options.slo)}) if options.slo else None
+        verdicts = write_study(options.folders, options.out, slo=slo)
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*verdicts, f"written: {options.out}, figures in {options.out.parent / 'results'}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
