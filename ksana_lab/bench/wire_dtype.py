@@ -72,7 +72,7 @@ class Prompt:
         other, layout = self.copy(), self._layout
         blocks = list(range(-(-self.num_computed // _BLOCK_SIZE)))
         whole = [HeadSlice(0, 0, 0, 0, layout.num_kv_heads)]
-        packer, unpacker = packing.Packer(self.cache, layout), packing.Unpacker(other.cache)
+        packer, unpacker = packing.Packer(self.cache), packing.Unpacker(other.cache)
         for batch in packing.batches(layout, cells(layout, layout, whole, blocks, blocks, 0, self.num_computed, range(layout.num_layers))):
             stage, event = packer.pack(batch, 0)
             if event is not None:

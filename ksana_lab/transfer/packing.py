@@ -12,7 +12,8 @@ that guard a request's blocks guard this, too. Knows layouts and offsets; no req
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,12 @@ from ksana_lab.protocol.transfer import Packed
 from ksana_lab.transfer.base import Ticket
 from ksana_lab.transfer.plan import Copies, HeadSlice, token_parts, within_cell
 
+log = logging.getLogger(__name__)
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 STAGE_BYTES = 4 << 20
+DEVICE_STAGE_BYTES = 16 << 20  # on a GPU, where launches cost more than memory
 _ALIGNMENT = 16  # bytes: what every backend can move
 _STALL_S = 30.0
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -110,14 +114,14 @@ class Batch:
         return Packed(self.form.first, self.form.last, self.form.num_groups, (self.copies[:, 1] + shift).astype("<i8").tobytes())
 
 
-def batches(layout: KVLayout, cells: Sequence[tuple[int, int, Copies]], most: int = 1 << 20) -> list[Batch]:
-    """What ``plan.cells`` found, in batches of at most STAGE_BYTES and at most ``most`` units."""
+def batches(layout: KVLayout, cells: Sequence[tuple[int, int, Copies]], most: int = 1 << 20, stage_bytes: int | None = None) -> list[Batch]:
+    """What ``plan.cells`` found, in batches of at most ``stage_bytes`` (None: STAGE_BYTES) and at most ``most`` units."""
     out = []
     for first, last, runs in cells:
         for nbytes in np.unique(runs[:, 2]).tolist():
             form = _form(layout, first, last, nbytes)
             same = runs[runs[:, 2] == nbytes]
-            room = max(1, min(most, STAGE_BYTES // form.wire_bytes))
+            room = max(1, min(most, (stage_bytes or STAGE_BYTES) // form.wire_bytes))
             for begin in range(0, len(same), room):
                 part = same[begin : begin + room]
                 places = np.arange(len(part), dtype=np.int64) * form.wire_bytes
@@ -128,8 +132,8 @@ def batches(layout: KVLayout, cells: Sequence[tuple[int, int, Copies]], most: in
 class Packer:
     """Two stages in turn: one is filled while the other is carried. For one thread at a time."""
 
-    def __init__(self, cache: torch.Tensor, layout: KVLayout) -> None:
-        self._cache, self._layout = cache, layout
+    def __init__(self, cache: torch.Tensor, kernels: Kernels | None = None) -> None:
+        self._cache, self._kernels = cache, kernels or TORCH
         self._stages: list[torch.Tensor | None] = [None, None]
         self._tickets: list[Ticket | None] = [None, None]
         self._turn = 0
@@ -142,13 +146,13 @@ class Packer:
         ticket, self._tickets[self._turn] = self._tickets[self._turn], None
         if ticket is not None and not ticket.wait(_STALL_S):
             raise TransferError(f"an earlier piece was not carried within {_STALL_S:g} s")
-        stage = self._stages[self._turn]
-        if stage is None or len(stage) < batch.wire_bytes:
-            nbytes = max(STAGE_BYTES, batch.wire_bytes)
-            stage = self._stages[self._turn] = torch.empty(nbytes, dtype=torch.uint8, device=self._cache.device)
         with _on(self._stream), torch.inference_mode():
+            stage = self._stages[self._turn]
+            if stage is None or len(stage) < batch.wire_bytes:
+                nbytes = max(stage_bytes(self._cache.device), batch.wire_bytes)
+                stage = self._stages[self._turn] = torch.empty(nbytes, dtype=torch.uint8, device=self._cache.device)
             target = stage[: batch.wire_bytes].view(len(batch.sources), batch.form.wire_bytes)
-            quantise(self._cache, batch.form, batch.sources + shift, target)
+            self._kernels.quantise(self._cache, batch.form, batch.sources + shift, target)
             if self._stream is None:
                 return stage, None
             event = torch.cuda.Event(blocking=True)
@@ -164,9 +168,10 @@ def quantise(cache: torch.Tensor, form: Form, sources: np.ndarray, target: torch
     """Pack the units at ``sources`` (offsets in ``cache``) into ``target``, uint8 [n, wire_bytes]."""
     num, groups, size = len(sources), form.num_groups, form.group_size
     found = _pages(cache, form.layout)[_page_index(form, sources, groups, cache.device), form.first : form.last]
-    values = found.to(torch.float32).view(num, groups, size)
-    scales = (values.abs().amax(-1) / LARGEST).clamp_min(_SMALLEST_SCALE)
-    packed = (values / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8)
+    values = found.to(torch.float32).view(num, groups, size)  # a copy
+    low, high = values.aminmax(dim=-1)
+    scales = torch.maximum(-low, high).div_(LARGEST).clamp_min_(_SMALLEST_SCALE)
+    packed = values.div_(scales[..., None]).clamp_(-LARGEST, LARGEST).to(FP8)
     header, end = form.header_bytes, form.header_bytes + groups * size
     target[:, : 4 * groups] = scales.view(torch.uint8).view(num, 4 * groups)
     target[:, 4 * groups : header] = 0
@@ -209,9 +214,9 @@ def expand(cache: torch.Tensor, form: Form, targets: np.ndarray) -> None:
     _pages(cache, layout)[_page_index(form, targets, groups, cache.device), form.first : form.last] = values
 
 
-def steps(form: Form, targets: np.ndarray) -> Iterator[np.ndarray]:
-    """``targets`` in small parts, so that somebody who wants the blocks back waits for one of them only."""
-    room = max(1, STAGE_BYTES // form.wire_bytes)
+def steps(form: Form, targets: np.ndarray, nbytes: int | None = None) -> Iterator[np.ndarray]:
+    """``targets`` in parts of at most ``nbytes`` (None: STAGE_BYTES): who wants the blocks back waits for one of them only."""
+    room = max(1, (nbytes or STAGE_BYTES) // form.wire_bytes)
     for begin in range(0, len(targets), room):
         yield targets[begin : begin + room]
 
@@ -219,19 +224,23 @@ def steps(form: Form, targets: np.ndarray) -> Iterator[np.ndarray]:
 class Unpacker:
     """D's end of packing. Threads may share it as long as they expand different units."""
 
-    def __init__(self, cache: torch.Tensor) -> None:
-        self._cache = cache
+    def __init__(self, cache: torch.Tensor, kernels: Kernels | None = None) -> None:
+        self._cache, self._kernels = cache, kernels or TORCH
         self._stream = torch.cuda.Stream(device=cache.device, priority=-1) if cache.is_cuda else None
 
     def expand(self, form: Form, targets: np.ndarray) -> None:
         """The units are in the cache when this returns."""
         with _on(self._stream), torch.inference_mode():
-            expand(self._cache, form, targets)
+            self._kernels.expand(self._cache, form, targets)
         if self._stream is not None:
             self._stream.synchronize()
 
 
 # ---- both -------------------------------------------------------------------------------------------------------------
+
+
+def stage_bytes(device: torch.device) -> int:
+    return DEVICE_STAGE_BYTES if device.type == "cuda" else STAGE_BYTES
 
 
 def _pages(cache: torch.Tensor, layout: KVLayout) -> torch.Tensor:
@@ -250,24 +259,59 @@ def _on(stream: Any) -> Iterator[None]:
     if stream is None:
         yield
         return
-    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        yield
+    try:
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise TransferError("no GPU memory is left to pack KV in: raise block_manager.reserved_device_memory_ratio") from error
 
 
-def prove(layout: KVLayout, device: torch.device) -> None:
+@dataclass(frozen=True)
+class Kernels:
+    """The arithmetic of both ends; what it does is said at ``quantise`` and ``expand``."""
+
+    name: str
+    quantise: Callable[[torch.Tensor, Form, np.ndarray, torch.Tensor], None]
+    expand: Callable[[torch.Tensor, Form, np.ndarray], None]
+
+
+TORCH = Kernels("torch", quantise, expand)
+
+
+def choose(layout: KVLayout, device: torch.device) -> Kernels:
+    """What packs KV of this layout on ``device``, proved there: on a GPU kernels of our own, where they run and are right, else torch's
+    operations. Raises TransferError when the layout cannot be packed, or nothing does it right."""
+    check(layout)
+    if device.type == "cuda" and layout.head_dim % 8 == 0:
+        try:
+            from ksana_lab.transfer import packing_triton
+
+            kernels = Kernels("triton", packing_triton.quantise, packing_triton.expand)
+            prove(layout, device, kernels)
+            return kernels
+        except Exception as error:  # no compiler, a GPU without this type, or a wrong result
+            log.warning("packing KV with torch's operations, which is slower: %s", str(error).partition("\n")[0])
+    prove(layout, device, TORCH)
+    return TORCH
+
+
+def prove(layout: KVLayout, device: torch.device, kernels: Kernels = TORCH) -> None:
     """Pack and unpack a few random heads on ``device``. Raises TransferError when they do not come back as eight bits allow."""
     small = KVLayout(2, 2, layout.num_kv_heads, layout.block_size, layout.head_dim, layout.dtype)
-    form = Form(small, 0, small.block_size, 2 * small.num_kv_heads)
     dice = torch.Generator().manual_seed(0)
     numbers = torch.randn(small.total_bytes // small.itemsize, generator=dice).to(getattr(torch, small.dtype))
     cache = numbers.view(torch.uint8).clone().to(device)
-    units = np.array([small.cell_offset(1, 0), small.cell_offset(0, 1)], np.int64)
-    target = torch.empty((2, form.wire_bytes), dtype=torch.uint8, device=device)
-    quantise(cache, form, units, target)
-    for offset, unit in zip(units.tolist(), target, strict=True):
-        cache[offset : offset + form.wire_bytes] = unit
-    expand(cache, form, units)
+    whole = Form(small, 0, small.block_size, 2 * small.num_kv_heads)
+    one = Form(small, small.block_size - 1, small.block_size, 1)
+    last = small.head_bytes - one.unit_bytes  # of a head's bytes: its last token
+    for form, units in ((whole, [small.cell_offset(1, 0), small.cell_offset(0, 1)]), (one, [small.cell_offset(0, 0) + last])):
+        places = np.array(units, np.int64)
+        target = torch.empty((len(places), form.wire_bytes), dtype=torch.uint8, device=device)
+        kernels.quantise(cache, form, places, target)
+        for offset, unit in zip(units, target, strict=True):
+            cache[offset : offset + form.wire_bytes] = unit
+        kernels.expand(cache, form, places)
     back, numbers = cache.cpu().view(numbers.dtype).float(), numbers.float()
     # Three bits behind the point: half a step is 1/16 of the number, or the smallest step there is.
     if not ((back - numbers).abs() <= numbers.abs() * 0.07 + numbers.abs().max() / LARGEST / 512).all():
-        raise TransferError(f"KV packed into FP8 does not come back right on {device}: leave ksana_lab.wire_dtype out")
+        raise TransferError(f"KV packed into FP8 by {kernels.name} does not come back right on {device}: leave ksana_lab.wire_dtype out")

@@ -87,6 +87,7 @@ class Receiver:
         backends: Sequence[TransferBackend],
         recorder: NullRecorder,
         report: Callable[[msgspec.Struct], None],
+        kernels: packing.Kernels | None = None,
     ) -> None:
         self._rank, self._tp_size = rank, tp_size
         self._layout, self._cache, self._backends = layout, cache, backends
@@ -95,7 +96,7 @@ class Receiver:
         self._incoming: dict[int, _Incoming] = {}  # by window
         self._quarantined: dict[int, _Quarantine] = {}  # by window
         self._open_sessions: set[int] = set()
-        self._unpacker = packing.Unpacker(cache)
+        self._unpacker = packing.Unpacker(cache, kernels)
         self._decoder = msgspec.msgpack.Decoder(wire.Notice)
         self._counters = dict.fromkeys(("bytes_received", "notices", "recv_failures", "checksum_failures", "refused_notices"), 0.0)
         self.endpoints = {backend.name: backend.serve(cache, self) for backend in backends}
@@ -262,7 +263,7 @@ class Receiver:
             return "malformed notice: packed units of another size than the piece"
         window, source = incoming.message.window, incoming.sources.get(notice.rank)
         for form, targets in units:
-            for part in packing.steps(form, targets):
+            for part in packing.steps(form, targets, packing.stage_bytes(self._cache.device)):
                 with incoming.expanding:
                     if self._incoming.get(window) is not incoming or source is None or notice.attempt < source.attempt:
                         return None  # dropped, or void: written anew by now

@@ -121,10 +121,12 @@ class Sender:
         recorder: NullRecorder,
         report: Callable[[msgspec.Struct], None],
         on_fatal: Callable[[BaseException], None],
+        kernels: packing.Kernels | None = None,
     ) -> None:
         self._rank, self._tp_size = rank, tp_size
         self._layout, self._cache, self._backends = layout, cache, backends
         self._options, self._recorder, self._report, self._on_fatal = options, recorder, report, on_fatal
+        self._kernels = kernels  # None = nothing was to be packed so far
         self._pacers = Pacers(options.link, tp_size)
         self._lock = threading.Lock()
         self._outgoing: dict[TransferKey, Outgoing[_PeerLink]] = {}  # in order of arrival; also those only announced
@@ -297,8 +299,8 @@ class Sender:
 
     def reconfigure(self, options: ConnectorOptions) -> None:
         """Mode, grouping, emulated link and dtype on the wire of what is announced from now on. Nothing may be under way."""
-        if options.wire_dtype != "auto":
-            packing.check(self._layout)
+        if options.wire_dtype != "auto" and self._kernels is None:
+            self._kernels = packing.choose(self._layout, self._cache.device)
         with self._lock:
             assert not self._outgoing, "a prompt is being sent"
             self._options = options
@@ -568,7 +570,7 @@ class Sender:
         """As ``_write_plain``, through a stage: what goes to D's cache is to be expanded there."""
         assert link.link is not None
         batches, shift = self._plan(link, flight.out, flight.piece, self._batches)
-        link.packer = packer = link.packer or packing.Packer(self._cache, self._layout)
+        link.packer = packer = link.packer or packing.Packer(self._cache, self._kernels)
         flight.num_copies = sum(len(batch.copies) for batch in batches)
         flight.notice = notice = self._notice(link, flight)
         for batch in batches:
@@ -582,7 +584,7 @@ class Sender:
             notice.packed.append(batch.describe(shift[1]))
 
     def _batches(self, *what: Any) -> list[packing.Batch]:
-        return packing.batches(self._layout, cells(*what), self._options.transfer_batch)
+        return packing.batches(self._layout, cells(*what), self._options.transfer_batch, packing.stage_bytes(self._cache.device))
 
     def _plan(self, link: _PeerLink, out: Outgoing[_PeerLink], piece: Piece, make: Callable[..., P]) -> tuple[P, tuple[int, int]]:
         """What ``make`` (``plan.copies`` or alike) says of ``piece``, and how far to move it: other layers of the same tokens lie a

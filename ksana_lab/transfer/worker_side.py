@@ -79,18 +79,17 @@ class KVWorkerConnector:
     def register(self, kv_cache: torch.Tensor, layout: KVLayout) -> None:
         """Raises TransferError when a backend cannot serve this memory, or KV of this layout cannot travel in the dtype asked for."""
         assert kv_cache.numel() == layout.total_bytes and kv_cache.dtype == torch.uint8, (kv_cache.shape, layout)
-        if self._options.wire_dtype != "auto":
-            packing.check(layout)
-            packing.prove(layout, kv_cache.device)
+        kernels = packing.choose(layout, kv_cache.device) if self._options.wire_dtype != "auto" else None
         if self._is_prefill:
             self._sender = Sender(
                 rank=self._rank, tp_size=self._tp_size, layout=layout, cache=kv_cache, backends=self._backends,
                 options=self._options, recorder=self._recorder, report=self._mailbox.put, on_fatal=self._die,
+                kernels=kernels,
             )  # fmt: skip
         else:
             self._receiver = Receiver(
                 rank=self._rank, tp_size=self._tp_size, layout=layout, cache=kv_cache, backends=self._backends,
-                recorder=self._recorder, report=self._mailbox.put,
+                recorder=self._recorder, report=self._mailbox.put, kernels=kernels,
             )  # fmt: skip
         self._thread = threading.Thread(target=self._run, name="kv-rank", daemon=True)
         self._thread.start()

@@ -22,7 +22,7 @@ def random_cache(layout, seed=0):
 
 def carry(src, dst, slices, here, there, start, end, layers, caches):
     """Pack, copy, expand; returns bytes on the wire."""
-    packer, total = packing.Packer(caches[0], src), 0
+    packer, total = packing.Packer(caches[0]), 0
     for batch in packing.batches(src, plan.cells(src, dst, slices, here, there, start, end, layers)):
         stage, _ = packer.pack(batch, 0)
         for a, b, n in batch.copies.tolist():
