@@ -166,7 +166,8 @@ class Engine:
 
     def _finish_step(self) -> None:
         out, pending, start_ns = self._inflight.popleft()
-        tokens = pending.result()
+        assert self._executor is not None
+        tokens = self._executor.result(pending)
         now_ns = time.monotonic_ns()
         self.scheduler.update(out, tokens, now_ns)
         if out.scheduled:

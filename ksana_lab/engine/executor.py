@@ -22,7 +22,7 @@ import zmq
 
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.core.kv_layout import KVLayout
-from ksana_lab.core.step import SchedulerOutput
+from ksana_lab.core.step import SchedulerOutput, StepTokens
 from ksana_lab.engine.commands import CommandBuilder, FromRank, RankFailed, RankReady, RankSized, SetCache, Stop, ToRank
 from ksana_lab.engine.host_blocks import num_host_blocks
 from ksana_lab.engine.model_runner import PendingTokens
@@ -144,20 +144,30 @@ class Executor:
                 raise
             raise explained from error
 
+    def result(self, pending: PendingTokens) -> StepTokens:
+        """Wait for a step's tokens. Raises EngineDead when they are worthless because a rank is gone."""
+        try:
+            return pending.result()
+        except Exception as error:
+            explained = self._explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
     def skip(self, out: SchedulerOutput) -> None:
         """``out`` is empty and is not executed."""
         self._builder.note_gone(out.gone)
 
     def check(self) -> None:
         """Raises EngineDead, with its last log lines, when a rank has ended, TransferError when a connector has. Never blocks."""
-        if self.worker is not None:
-            self.worker.check()
         for socket in self.sockets:
             while socket.poll(0):
                 message = self._decoder.decode(socket.recv())
                 assert isinstance(message, RankFailed), message
                 raise EngineDead(f"tensor-parallel rank {message.rank}: {message.error}")
         self._check_children()
+        if self.worker is not None:  # last: another rank's end explains what this one says
+            self.worker.check()
 
     def close(self) -> None:
         """End the other ranks and let go of memory. May be called twice."""
