@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from helpers_checkpoint import oracle_greedy, prompts
 from helpers_pair import EnginePair
 from test_transfer_end_to_end import send
-from test_transfer_failures import assert_clean, begin
-from transfer_nodes import COMM_KEY, Node, make_pair, wait_for
+from test_transfer_failures import SLOW, assert_clean, begin, peer_process
+from transfer_nodes import COMM_KEY, Node, make_pair, random_kv, wait_for
 
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import nccl
@@ -84,6 +85,28 @@ def test_a_half_that_never_comes_ends_the_session_and_a_new_one_serves(silent, m
         monkeypatch.setattr(nccl, "STALL_S", 30.0)
         connected_anew(p, d, old)
         serves_again(p, d, 5)
+
+
+def test_a_frozen_decode_node_holds_nothing_of_p_for_long(monkeypatch):
+    monkeypatch.setattr(nccl, "STALL_S", 0.5)
+    p = Node(Role.PREFILL, backend="gloo", **SLOW)
+    try:
+        p.name(p)
+        with peer_process(Role.DECODE, "gloo", 0, p.connector.address) as (process, _):
+            seq, kv = p.sequence(1, 64), random_kv(64)
+            p.connector.on_allocated(seq)
+            p.wait(lambda _: p.connector.stats()["state_sending"] == 1, "announcement")
+            p.compute(seq, kv, 0, 16)
+            p.wait(lambda _: p.workers[0].stats()["transfers"] > 0, "the first piece")
+            process.send_signal(signal.SIGSTOP)
+            p.compute(seq, kv, 16, 64)
+            p.finish(seq)
+            p.wait(lambda news: seq.seq_id in news.failed, "failure", timeout_s=5)
+            assert not p.connector.connected()
+            process.kill()
+        assert_clean(p)
+    finally:
+        p.close()
 
 
 def test_a_decode_rank_that_cannot_make_its_half_says_why(monkeypatch):
