@@ -143,6 +143,27 @@ def leave(tp, memory, name):
     return memory.has_given_up
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on GPUs an engine does it, below")
+def test_a_model_over_shared_memory_says_what_one_rank_says(tmp_path):
+    first, second = on_ranks(generate, tmp_path)
+    assert first == second == generate(TPGroup.single(), None)
+
+
+def generate(tp, memory):
+    from helpers_model import PagedBatch
+
+    from ksana_lab.models.registry import random_model
+    from ksana_lab.models.synth import SHAPES
+
+    if memory is not None:
+        table = fastest({8192: {NCCL: 2.0, LL: 1.0}, 16384: {NCCL: 2.0, ONE_SHOT: 1.0}, 1 << 20: {NCCL: 2.0, TWO_SHOT: 1.0}})
+        tp.by_size = all_reduce.AllReduceBySize(memory, Report(2, "float32", {}, {}, table), torch.float32)
+        tp.all_reduce_nccl = None  # nothing falls back
+    model = random_model(SHAPES["qwen3-tiny"], dtype=torch.float32, device=torch.device("cpu"), tp=tp)
+    batch = PagedBatch(model)
+    return [batch.greedy([(i * j) % 1000 + 3 for j in range(n)], 4) for i, n in ((7, 24), (11, 60), (13, 120))]
+
+
 # ---- only on GPUs ------------------------------------------------------------------------------------------------------------------------
 
 on_gpus = pytest.mark.skipif(INTERPRETED, reason="needs GPUs")
