@@ -65,7 +65,7 @@ class LayerTimer:
 
     def _begin_cuda(self) -> None:
         self._read()
-        is_idle = not self._pending
+        is_idle = not self._pending and _is_stream_idle()  # decode steps that are graphs leave nothing pending here
         first = _recorded_event()
         now_ns = time.monotonic_ns()
         if self._anchor is None or (is_idle and now_ns - self._anchor_ns > _ANCHOR_AGE_NS):
@@ -93,6 +93,10 @@ class LayerTimer:
         """The device has finished: the last steps are written, too."""
         if self._is_cuda:
             self._read()
+
+
+def _is_stream_idle() -> bool:
+    return torch.cuda.current_stream().query()
 
 
 def _recorded_event() -> Any:

@@ -26,6 +26,7 @@ from ksana_lab.tracing.recorder import NVTX_VARIABLE
 log = logging.getLogger(__name__)
 
 NSYS_VARIABLE = "KSANA_LAB_NSYS"  # where nsys is, if it is not found
+LIBRARIES_VARIABLE = "KSANA_LAB_NSYS_LIBS"  # folder of libraries that its importer lacks on this system
 _PLACES = (
     "/opt/nvidia/nsight-systems*/**/target-linux-*/nsys",
     "/opt/nvidia/nsight-compute/*/host/target-linux-*/nsys",
@@ -87,7 +88,7 @@ class NsysSessions:
         self._nsys = nsys or find_nsys()
         self._out = Path(out).absolute()
         self._has_gpus = has_gpus
-        self._trace = "nvtx,cuda,osrt" if has_gpus else "nvtx"
+        self._trace = "nvtx,cuda" if has_gpus else "nvtx"
         self._sessions: dict[str, str] = {}
         self._num_sessions = 0
         self._is_started = False
@@ -141,10 +142,13 @@ class NsysSessions:
         _run([self._nsys.path, "shutdown", f"--session={self._sessions.pop(name)}"])
 
     def _finish(self, name: str) -> Path | None:
-        stopped = _run_until_well([self._nsys.path, "stop", f"--session={self._sessions[name]}"])
         report, raw, database = (self._out / f"{name}{suffix}" for suffix in (".nsys-rep", ".qdstrm", ".sqlite"))
+        for _attempt in range(_ATTEMPTS):
+            stopped = _run([self._nsys.path, "stop", f"--session={self._sessions[name]}"])
+            if report.exists() or raw.exists():  # where the importer lacks a library, stop fails and leaves what it could not import
+                break
         if not report.exists() and raw.exists() and self._nsys.importer is not None:
-            _run([self._nsys.importer, "-i", str(raw), "-o", str(report)])
+            stopped = _run([self._nsys.importer, "-i", str(raw), "-o", str(report)], _importer_environment(self._nsys.importer))
         if not report.exists():
             log.warning("nsys left no report of %s: %s", name, (stopped.stderr or stopped.stdout).strip()[-500:])
             return None
@@ -224,8 +228,8 @@ def lacking(path: str | Path, *, has_gpu: bool = False) -> str | None:
                 "holds no ranges of ksana_lab: either nothing was asked of the node between start and stop, or this nsys does not see what "
                 "this nvtx annotates: `python -m ksana_lab.launch doctor --nsys` tries the two"
             )
-        kernels = "CUPTI_ACTIVITY_KIND_KERNEL"
-        if has_gpu and not (kernels in tables and db.execute(f"SELECT 1 FROM {kernels} LIMIT 1").fetchone()):
+        device = tables & {"CUPTI_ACTIVITY_KIND_KERNEL", "CUPTI_ACTIVITY_KIND_GRAPH_TRACE"}  # a decode node may run graphs alone
+        if has_gpu and not any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in device):
             return (
                 "holds ranges and no GPU kernels: nsys must trace `cuda`, and its CUPTI must know this driver; take an nsys as new as the "
                 "driver, or torch.profiler (POST /start_profile) instead"
@@ -254,8 +258,16 @@ def _run_until_well(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _importer_environment(importer: str, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The importer finds its own libraries, and those that it lacks in KSANA_LAB_NSYS_LIBS; nodes must see neither."""
+    folders = [env.get(LIBRARIES_VARIABLE), str(Path(importer).parent), env.get("LD_LIBRARY_PATH")]
+    return {**env, "LD_LIBRARY_PATH": ":".join(folder for folder in folders if folder)}
+
+
+def _run(command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL, env=env
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(list(command), 124, "", f"no end within {_COMMAND_TIMEOUT_S:.0f} s")

@@ -1,8 +1,8 @@
 """Reads what Nsight Systems exported as SQLite, and brings it to the clock of the event logs. Starting nsys is tracing/nsight.py's job.
 
 Columns read, as nsys 2022.4 to 2025.3 write them: NVTX_EVENTS(start, end, eventType, text|textId, domainId, globalTid, int64Value …) with
-59 = push/pop range, 60 = start/end range, 34 = mark, 75 = domain created; CUPTI_ACTIVITY_KIND_KERNEL, _MEMCPY and _RUNTIME, joined by
-correlationId within a process; TARGET_INFO_SESSION_START_TIME(utcEpochNs). Times are ns since the session's start. A globalTid is
+59 = push/pop range, 60 = start/end range, 34 = mark, 75 = domain created; CUPTI_ACTIVITY_KIND_KERNEL, _GRAPH_TRACE, _MEMCPY and _RUNTIME,
+joined by correlationId within a process; TARGET_INFO_SESSION_START_TIME(utcEpochNs). Times are ns since the session's start. A globalTid is
 hardware << 48 | pid << 24 | tid. Tables and columns that a report lacks are taken as empty."""
 
 from __future__ import annotations
@@ -195,6 +195,7 @@ def parse(message: str) -> tuple[str, dict[str, str]]:
 
 
 def _kernels(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:
+    """A replayed CUDA graph is one row, as nsys records it unless told otherwise."""
     columns = ["start", "end", "shortName", "demangledName", "globalPid", "deviceId", "streamId", "correlationId"]
     frame = _select(db, tables, "CUPTI_ACTIVITY_KIND_KERNEL", columns)
     strings = _strings(db, tables)
@@ -202,7 +203,8 @@ def _kernels(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:
         strings.get(_int(s) or -1) or strings.get(_int(d) or -1, "kernel")
         for s, d in zip(frame["shortName"], frame["demangledName"], strict=True)
     ]
-    return _on_device(frame)
+    graphs = _select(db, tables, "CUPTI_ACTIVITY_KIND_GRAPH_TRACE", columns).assign(name="CUDA graph")
+    return _on_device(pd.concat([part for part in (frame, graphs) if len(part)], ignore_index=True) if len(graphs) else frame)
 
 
 def _copies(db: sqlite3.Connection, tables: set[str]) -> pd.DataFrame:

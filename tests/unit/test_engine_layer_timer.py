@@ -50,8 +50,9 @@ class Event:
 
 @pytest.fixture
 def device(monkeypatch):
-    Event.device_ms, Event.made = 0.0, []
+    Event.device_ms, Event.made, Event.is_idle = 0.0, [], True
     monkeypatch.setattr(layer_timer, "_recorded_event", Event)
+    monkeypatch.setattr(layer_timer, "_is_stream_idle", lambda: Event.is_idle)
     return torch.device("cuda")
 
 
@@ -82,6 +83,18 @@ def test_on_a_device_nothing_is_written_before_it_is_over(device):
     Event.device_ms = 50.0
     timer.close()
     assert notes.spans[1][1] - notes.spans[0][1] == 30_000_000
+
+
+@pytest.mark.parametrize(("is_idle", "is_renewed"), [(True, True), (False, False)])
+def test_the_anchor_is_renewed_on_an_idle_stream_alone(device, monkeypatch, is_idle, is_renewed):
+    """A decode step that is a graph may still run when the next prefill begins: its end would be taken for now."""
+    monkeypatch.setattr(layer_timer, "_ANCHOR_AGE_NS", 0)
+    timer = LayerTimer(Notes(), device, 0, 1)
+    run_step(timer, 0, 1)
+    Event.device_ms = 10.0
+    first, Event.is_idle = timer._anchor, is_idle
+    run_step(timer, 1, 1)
+    assert (timer._anchor is not first) == is_renewed
 
 
 def test_ranges_of_layers_nest_evenly():

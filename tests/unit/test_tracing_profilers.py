@@ -153,3 +153,22 @@ def test_a_report_that_does_not_name_our_domain_is_read_all_the_same(tmp_path):
     db.commit()
     db.close()
     assert {"layer", "step", "send", "clock"} == set(nsys.read(path).nvtx["name"])
+
+
+def test_a_replayed_graph_is_the_time_of_its_step_on_the_gpu(tmp_path):
+    """A decode step is one row then, launched within the step's range."""
+    path = write_report(tmp_path / "r.sqlite")
+    db = sqlite3.connect(path)
+    db.execute("DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL")
+    db.execute("CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE(start, end, deviceId, streamId, correlationId, globalPid, graphId)")
+    db.execute("INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES(1000, 1400, 0, 7, 1, ?, 3)", (global_tid(ENGINE, 0),))
+    db.commit()
+    db.close()
+    assert nsight.lacking(path, has_gpu=True) is None
+    step = nsys.project(nsys.read(path)).set_index("name").loc["step 7"]
+    assert (step["start_ns"], step["end_ns"], step["details"]["kernels"]) == (1000, 1400, 1)
+
+
+def test_the_importers_libraries_are_its_own(tmp_path):
+    env = nsight._importer_environment("/opt/host/QdstrmImporter", {"KSANA_LAB_NSYS_LIBS": "/libs", "LD_LIBRARY_PATH": "/mine"})
+    assert env["LD_LIBRARY_PATH"] == "/libs:/opt/host:/mine"
