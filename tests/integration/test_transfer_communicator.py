@@ -204,6 +204,12 @@ class Group:
         Group.seen = (rank, size, os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING"))
         self.aborted = threading.Event()
 
+    def name(self):
+        return "nccl"
+
+    def recv(self, tensors, source, tag):
+        raise RuntimeError("NCCL error in init.cc: unhandled cuda error")
+
     def abort(self):
         self.aborted.set()
 
@@ -229,6 +235,11 @@ def test_a_transfer_that_hangs_is_given_up_in_time_or_with_its_connection(channe
         channel.wait(Work(1 << 30), lambda: False)
     with pytest.raises(TransferError, match=r"unhandled system error.*NCCL_DEBUG=INFO"):
         channel.wait(Work(1, "unhandled system error\nmore"), lambda: False)
+
+
+def test_what_cannot_be_posted_fails_the_transfer_and_not_the_rank(channel):
+    with pytest.raises(TransferError, match="nccl: NCCL error in init"):
+        channel.receive(torch.zeros(1))
 
 
 def test_a_communicator_is_aborted_once_and_not_used_again(channel):

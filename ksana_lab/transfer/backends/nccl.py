@@ -81,10 +81,10 @@ class GlooChannel:
         self._group: Any = dist.ProcessGroupGloo(store, rank, 2, options)
 
     def send(self, memory: torch.Tensor) -> Any:
-        return _group_of(self).send([memory], self._peer, 0)
+        return _post(self, "send", memory)
 
     def receive(self, memory: torch.Tensor) -> Any:
-        return _group_of(self).recv([memory], self._peer, 0)
+        return _post(self, "recv", memory)
 
     def wait(self, work: Any, is_over: Callable[[], bool]) -> None:
         try:
@@ -105,10 +105,10 @@ class NcclChannel:
             self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
 
     def send(self, memory: torch.Tensor) -> Any:
-        return _group_of(self).send([memory], self._peer, 0)
+        return _post(self, "send", memory)
 
     def receive(self, memory: torch.Tensor) -> Any:
-        return _group_of(self).recv([memory], self._peer, 0)
+        return _post(self, "recv", memory)
 
     def wait(self, work: Any, is_over: Callable[[], bool]) -> None:
         """Polls: a kernel of NCCL that waits for a peer which is gone ends by ``abort`` only."""
@@ -133,11 +133,14 @@ class NcclChannel:
             threading.Thread(target=_abort, args=(group,), name="kv-abort", daemon=True).start()
 
 
-def _group_of(channel: GlooChannel | NcclChannel) -> Any:
+def _post(channel: GlooChannel | NcclChannel, what: str, memory: torch.Tensor) -> Any:
     group = channel._group
     if group is None:
         raise TransferError("the communicator was aborted")
-    return group
+    try:
+        return getattr(group, what)([memory], channel._peer, 0)
+    except RuntimeError as error:
+        raise TransferError(f"{group.name()}: {_first_line(error)}{_HINTS if memory.is_cuda else ''}") from error
 
 
 def _abort(group: Any) -> None:
