@@ -174,12 +174,16 @@ def map_peers(tp: TPGroup, max_bytes: int) -> tuple[PeerMemory | None, str | Non
     if reason is not None:
         return None, reason
     mapped: dict[int, int] = {}
+    made: list[PeerMemory] = []
 
     def map_all() -> None:
         for rank, other in enumerate(offers):
             if rank != tp.rank:
                 _require_nvlink(device, other["gpu"])
                 mapped[rank] = cuda_driver.driver().open(bytes.fromhex(other["handle"]), device)
+        word = torch.zeros(1, dtype=torch.int32).pin_memory()
+        addresses = [own[0].data_ptr() if rank == tp.rank else mapped[rank] for rank in range(tp.size)]
+        made.append(PeerMemory(tp.rank, areas, own[0], addresses, word, unmap))
 
     def unmap() -> None:
         torch.cuda.synchronize(device)  # no kernel of ours writes there any more; the closed word lets none wait
@@ -190,10 +194,9 @@ def map_peers(tp: TPGroup, max_bytes: int) -> tuple[PeerMemory | None, str | Non
     reason = _agree(tp, _complaint(map_all))
     if reason is not None:
         unmap()
+        tp.exchange(b"")  # own memory goes after the others have let go of it
         return None, reason
-    word = torch.zeros(1, dtype=torch.int32).pin_memory()
-    addresses = [own[0].data_ptr() if rank == tp.rank else mapped[rank] for rank in range(tp.size)]
-    return PeerMemory(tp.rank, areas, own[0], addresses, word, unmap), None
+    return made[0], None
 
 
 def why_apart(offers: list[dict[str, Any]]) -> str | None:
