@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ksana_lab.attention.base import AttentionMetadata, ForwardContext, default_backend
+from ksana_lab.attention.base import AttentionBackend, AttentionMetadata, ForwardContext, default_backend
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.engine.kv_cache import make_layer_views
 from ksana_lab.models.config import ModelConfig
@@ -28,14 +28,14 @@ _BLOCK_SIZE = 16
 class Prompt:
     """One sequence of a model, in a cache of its own."""
 
-    def __init__(self, model: Decoder, layout: KVLayout, device: torch.device) -> None:
-        self._model, self._layout, self._device = model, layout, device
+    def __init__(self, model: Decoder, layout: KVLayout, device: torch.device, backend: AttentionBackend) -> None:
+        self._model, self._layout, self._device, self._backend = model, layout, device, backend
         self.cache = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
         self.num_computed = 0
 
     @torch.inference_mode()
-    def step(self, tokens: list[int]) -> Tensor:
-        """Logits [len(tokens), vocabulary], float32 on the CPU."""
+    def step(self, tokens: list[int], *, is_prompt: bool = False) -> Tensor:
+        """Logits [len(tokens), vocabulary], of a prompt those of its last token, float32 on the CPU."""
         first, count = self.num_computed, len(tokens)
         end = first + count
 
@@ -48,14 +48,14 @@ class Prompt:
             slot_mapping=ints(*range(first, end), dtype=torch.int64), query_lens=[count], context_lens=[end], max_query_len=count,
             max_seq_len=end,
         )  # fmt: skip
-        context = ForwardContext(meta, make_layer_views(self.cache, self._layout), default_backend(self._device))
+        context = ForwardContext(meta, make_layer_views(self.cache, self._layout), self._backend)
         positions = ints(*range(first, end), dtype=torch.int64)
         hidden = self._model(ints(*tokens, dtype=torch.int64), positions, context)
         self.num_computed = end
-        return self._model.compute_logits(hidden).float().cpu()
+        return self._model.compute_logits(hidden[-1:] if is_prompt else hidden).float().cpu()
 
     def copy(self) -> Prompt:
-        other = Prompt(self._model, self._layout, self._device)
+        other = Prompt(self._model, self._layout, self._device, self._backend)
         other.cache.copy_(self.cache)
         other.num_computed = self.num_computed
         return other
@@ -67,12 +67,12 @@ class Prompt:
         numbers.copy_(numbers.to(torch.bfloat16))
         return other
 
-    def through_the_wire(self) -> Prompt:
+    def through_the_wire(self, kernels: packing.Kernels) -> Prompt:
         """A copy whose KV was packed and expanded."""
         other, layout = self.copy(), self._layout
         blocks = list(range(-(-self.num_computed // _BLOCK_SIZE)))
         whole = [HeadSlice(0, 0, 0, 0, layout.num_kv_heads)]
-        packer, unpacker = packing.Packer(self.cache), packing.Unpacker(other.cache)
+        packer, unpacker = packing.Packer(self.cache, kernels), packing.Unpacker(other.cache, kernels)
         for batch in packing.batches(layout, cells(layout, layout, whole, blocks, blocks, 0, self.num_computed, range(layout.num_layers))):
             stage, event = packer.pack(batch, 0)
             if event is not None:
@@ -91,14 +91,15 @@ def measure(model_dir: str, device: str, *, prompt_tokens: int, steps: int = 64,
     model = load_model(config, model_dir, dtype=getattr(torch, dtype), device=where)
     num_blocks = -(-(prompt_tokens + steps) // _BLOCK_SIZE)
     layout = KVLayout(num_blocks, config.num_layers, config.num_kv_heads, _BLOCK_SIZE, config.head_dim, dtype)
+    backend, kernels = default_backend(where), packing.choose(layout, where)
     dice, exact, packed, rounded = random.Random(0), [], [], []
     for _ in range(rounds):
-        prompt = Prompt(model, layout, where)
-        logits = prompt.step([dice.randrange(3, config.vocab_size) for _ in range(prompt_tokens)])
+        prompt = Prompt(model, layout, where, backend)
+        logits = prompt.step([dice.randrange(3, config.vocab_size) for _ in range(prompt_tokens)], is_prompt=True)
         said, teacher = prompt.copy(), [int(logits[-1].argmax())]
         while len(teacher) < steps:
             teacher.append(int(said.step(teacher[-1:])[-1].argmax()))
-        packed.append(prompt.through_the_wire().step(teacher))
+        packed.append(prompt.through_the_wire(kernels).step(teacher))
         if dtype == "float32":
             rounded.append(prompt.rounded().step(teacher))
         exact.append(prompt.step(teacher))
