@@ -5,6 +5,7 @@
 import os
 
 import pytest
+
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.engine.llm import LLM
@@ -22,7 +23,8 @@ SPEC = {"rate": 4, "num_requests": 2, "prompt_tokens": 150, "output_tokens": 4, 
 SMALL = [
     "router.port=auto", "nodes.prefill.ports=auto", "nodes.prefill.coordinator_ports=auto", "nodes.prefill.device_ids=auto",
     "nodes.decode.ports=auto", "nodes.decode.coordinator_ports=auto", "nodes.decode.device_ids=auto",
-    "setting.batch_scheduler.split_fuse_token_num=96", "ksana_lab.num_blocks=200", "ksana_lab.transfer_mode=layer",
+    "setting.batch_scheduler.split_fuse_token_num=96", "setting.batch_scheduler.max_token_len=2048", "nodes.prefill.max_batch_size=8",
+    "nodes.decode.max_batch_size=8", "ksana_lab.num_blocks=400", "ksana_lab.transfer_mode=layer",
 ]  # fmt: skip
 
 
