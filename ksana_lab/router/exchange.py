@@ -360,10 +360,10 @@ class Exchange:
         for leg, task in tasks.items():
             if leg.sent.is_set():
                 task.cancel()
-        late = [leg.sent.wait() for leg in tasks if not leg.sent.is_set()]
-        if len(late) < len(tasks):
+        late = [leg for leg in tasks if not leg.sent.is_set()]
+        if late and len(late) < len(tasks):
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*late), DELIVER_S)
+                await asyncio.wait_for(asyncio.gather(*(leg.sent.wait() for leg in late)), DELIVER_S)
 
     async def _hold(self, leg: Leg, future: asyncio.Future[Any]) -> Any:
         if future.done():
