@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from ksana_lab.cluster import checks
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import REQUIRED_VARIABLES
 from ksana_lab.errors import ConfigError
+from ksana_lab.tracing import nsight
 from ksana_lab.types import NodeAddr, Role
 
 
@@ -210,6 +212,28 @@ def test_a_missing_nsys_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "opt" / "nsys").touch()
     monkeypatch.setattr(checks, "_NSYS_PLACES", (str(tmp_path / "*" / "nsys"),))
     assert f"export PATH={tmp_path / 'opt'}:$PATH" in checks.nsys().advice
+
+
+def test_an_nsys_without_its_importer_says_so(monkeypatch, tmp_path):
+    nsys = tmp_path / "nsys"
+    nsys.write_text("#!/bin/sh\necho NVIDIA Nsight Systems version 1.2.3\n")
+    nsys.chmod(0o755)
+    monkeypatch.setattr(nsight, "_installed_beside", lambda folder: [])
+    monkeypatch.setenv("KSANA_LAB_NSYS", str(nsys))
+    finding = checks.nsys()
+    assert finding.level == "warn" and "has no importer (QdstrmImporter)" in finding.text
+    (tmp_path / "host-linux-x64").mkdir()
+    (tmp_path / "host-linux-x64" / "QdstrmImporter").touch()
+    assert checks.nsys().level == "ok" and "version 1.2.3, with its importer" in checks.nsys().text
+
+
+@pytest.mark.parametrize(("lack", "level"), [(None, "ok"), ("holds no ranges of ksana_lab", "warn")])
+def test_the_doctor_says_what_a_trial_recording_lacks(monkeypatch, lack, level):
+    monkeypatch.setattr(nsight, "find_nsys", lambda: SimpleNamespace(path="nsys", version="nsys 1.2.3"))
+    monkeypatch.setattr(nsight, "try_recording", lambda found, has_gpu: lack)
+    monkeypatch.setenv("KSANA_LAB_NSYS", "/any/nsys")
+    finding = checks.nsys(trial=True)
+    assert finding.level == level and (lack or "a trial recording is whole") in finding.text
 
 
 def test_refuse_lists_every_error_and_passes_warnings():
