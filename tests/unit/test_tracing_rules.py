@@ -116,4 +116,4 @@ def test_a_whole_recording_without_trouble_says_nothing_of_the_kind(mixed):
     mixed.request("a", 0, 0, 10, 100)
     mixed.step(0, 10, ("a", 0, 64))
     rules = {finding.rule for finding in mixed.explain().findings}
-    assert not rules & {"recording", "failures", "preemptions", "interference", "interleaving"}
+    assert not rules & {"recording", "failures", "preemptions", "interference", "interleaving", "bottleneck"}
