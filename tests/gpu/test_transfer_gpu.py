@@ -130,6 +130,55 @@ def test_many_at_once_leave_nothing_behind(model_dir):
         assert abs(torch.cuda.mem_get_info(0)[0] - free) < 256 << 20
 
 
+def soak(pair, num_requests, longest, seed):
+    """Some two dozen under way at any time, a quarter of them given up by either side or both. Returns how many ended how."""
+    dice, ended, given_up = random.Random(seed), {"prefill": {}, "decode": {}}, set()
+    begun, turns = [], {}
+
+    def turn() -> bool:
+        while len(begun) < num_requests and len(begun) - len(ended["decode"]) < 24:
+            (prompt,) = prompts([dice.randrange(1, longest)], dice.random())
+            sampling = SamplingParams(max_tokens=dice.randrange(2, 17), temperature=0.0, ignore_eos=True)
+            number = pair.next_number()
+            for role in ("prefill", "decode"):
+                name = pair.add(role, number, prompt, sampling)
+            begun.append(name)
+            if dice.random() < 0.25:
+                turns[name] = dice.randrange(40)
+        for name in [name for name, left in turns.items() if left <= 0]:
+            del turns[name]
+            given_up.add(name)
+            for role in dice.choice((("prefill",), ("decode",), ("prefill", "decode"))):
+                pair.engines[role].abort(name, "soak")
+        for name in turns:
+            turns[name] -= 1
+        return len(begun) == num_requests and all(len(names) == num_requests for names in ended.values())
+
+    def note(role, updates):
+        for update in updates:
+            if update.finish is not None:
+                assert update.request_id not in ended[role], update
+                assert update.error is None or update.request_id in given_up, update
+                ended[role][update.request_id] = update.error
+
+    pair.drive(turn, 400.0, note)
+    return sum(error is None for error in ended["decode"].values()), len(given_up)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(500)
+def test_two_thousand_requests_with_cancels_leave_memory_and_blocks_as_they_were(model_dir):
+    with make_pair(model_dir, backend="cuda_ipc", checksum=False) as pair:
+        soak(pair, 200, 1500, seed=1)  # allocators and graphs reach their size
+        pair.wait_clean()
+        free = [torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count())]
+        num_whole, num_given_up = soak(pair, 2000, 1500, seed=2)
+        assert num_whole >= 1500 and num_given_up > 300
+        pair.wait_clean()
+        assert all(abs(torch.cuda.mem_get_info(device)[0] - before) < 64 << 20 for device, before in enumerate(free))
+        assert all(engine.status().num_leaked_blocks == 0 for engine in pair.engines.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 @pytest.mark.parametrize("backend", ["cuda_ipc", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
