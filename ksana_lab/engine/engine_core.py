@@ -119,6 +119,8 @@ class _Loop:
     def _receive(self) -> None:
         for message in self._channel.drain():
             self._handle(message)
+        if self._refused:  # not a step later: the peer of a pair would be heard first, and blamed
+            self._emit([])
         self._is_stopping = self._is_stopping or self._signals.is_set
 
     def _handle(self, message: ToEngine) -> None:
