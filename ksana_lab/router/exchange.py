@@ -369,7 +369,7 @@ class Exchange:
         if future.done():
             return future.result()
         leg.state = _State.HELD
-        result = await future
+        result = await asyncio.shield(future)  # whoever gives up here must not cancel what the other side is about to say
         leg.wait()
         return result
 

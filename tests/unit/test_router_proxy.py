@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from asyncio import Event, wait_for
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from multidict import CIMultiDict
 from router_stubs import (
     ACK,
     SSE,
@@ -21,6 +23,9 @@ from router_stubs import (
     stream,
     stub_nodes,
 )
+
+from ksana_lab.router.exchange import Client, Exchange
+from ksana_lab.types import Role
 
 BOUND_S = 10.0
 DONE = b"data: [DONE]\n\n"
@@ -402,6 +407,16 @@ async def test_decode_hears_of_a_request_that_prefill_has_heard_of(reason, monke
         await asyncio.gather(asked, return_exceptions=True)
         assert d.bodies == p.bodies
         assert_idle(router)
+
+
+async def test_a_side_that_is_given_up_while_it_waits_leaves_the_other_its_say():
+    node = SimpleNamespace(inference_addr="127.0.0.1:1", role=Role.PREFILL)
+    exchange = Exchange(None, Client(None, None, b"1"), SimpleNamespace(prefill=node, decode=node), "/generate", b"", CIMultiDict())
+    waiting = asyncio.create_task(exchange._hold(exchange._prefill, exchange._decode_head))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert waiting.cancelled() and not exchange._decode_head.done()
 
 
 async def test_a_client_that_reads_nothing_is_given_up():
