@@ -240,7 +240,7 @@ class Exchange:
     async def _run_decode(self, leg: Leg) -> None:
         response = await self._open(leg)
         framing = _framing(self._path, response)
-        self._decode_head.set_result(response)
+        _settle(self._decode_head, response)
         self.client.will_start(response.status, _client_headers(response, is_stream=framing is not None))
         if framing is None:
             # Decode's answer is whole only after prefill's work, whatever becomes of prefill's reply.
@@ -262,12 +262,12 @@ class Exchange:
     async def _run_prefill(self, leg: Leg) -> None:
         response = await self._open(leg)
         framing = _framing(self._path, response)
-        self._prefill_head.set_result(None)
+        _settle(self._prefill_head, None)
         decode_response = await self._hold(leg, self._decode_head)
         if framing is None or _framing(self._path, decode_response) is not framing:
             leg.wait()
             await response.read()  # of no use to the client
-            return self._prefill_end.set_result(None)
+            return _settle(self._prefill_end, None)
         is_first_here = self._is_first_from_prefill(decode_response)
         num_pieces = 0
         async for piece in self._pieces(leg, framing()):
@@ -279,7 +279,7 @@ class Exchange:
                 await self.client.piece(piece)
         if not num_pieces and not is_first_here and not self._has_decode_output:
             raise leg.failure(502, "node_failed", "ended its stream without a token")
-        self._prefill_end.set_result(None)
+        _settle(self._prefill_end, None)
 
     async def _finish_stream(self, leg: Leg, response: aiohttp.ClientResponse, framing: Framing) -> None:
         if not self._has_decode_output:
@@ -369,7 +369,7 @@ class Exchange:
         if future.done():
             return future.result()
         leg.state = _State.HELD
-        result = await asyncio.shield(future)  # whoever gives up here must not cancel what the other side is about to say
+        result = await future
         leg.wait()
         return result
 
@@ -398,6 +398,12 @@ class Exchange:
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
             raise leg.failure(status, str(error.get("type") or "node_failed"), str(error.get("message") or error))
+
+
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
+    """A side that was given up while it waited has cancelled what it waited for."""
+    if not future.done():
+        future.set_result(result)
 
 
 def note_sent() -> aiohttp.TraceConfig:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
 from multidict import CIMultiDict
 from router_stubs import (
     ACK,
@@ -409,14 +410,27 @@ async def test_decode_hears_of_a_request_that_prefill_has_heard_of(reason, monke
         assert_idle(router)
 
 
-async def test_a_side_that_is_given_up_while_it_waits_leaves_the_other_its_say():
-    node = SimpleNamespace(inference_addr="127.0.0.1:1", role=Role.PREFILL)
-    exchange = Exchange(None, Client(None, None, b"1"), SimpleNamespace(prefill=node, decode=node), "/generate", b"", CIMultiDict())
-    waiting = asyncio.create_task(exchange._hold(exchange._prefill, exchange._decode_head))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
-    assert waiting.cancelled() and not exchange._decode_head.done()
+async def test_a_side_that_is_given_up_while_it_waits_does_not_trip_the_other(caplog):
+    """Prefill waits for decode's status line when the client leaves; decode's comes while its request is still being delivered."""
+    over = Event()
+
+    async def reply(request):
+        await over.wait()
+        return web.json_response({})
+
+    async with one_pair(stream("hang"), reply) as (router, _p, d):
+        node = {leg.role: leg for leg in router.router.registry}
+        route = SimpleNamespace(prefill=node[Role.PREFILL], decode=node[Role.DECODE])
+        exchange = Exchange(router.router.proxy.session, Client(None, None, b"1"), route, "/generate", b"{}", CIMultiDict())
+        waiting = asyncio.create_task(exchange._hold(exchange._prefill, exchange._decode_head))
+        decode = asyncio.create_task(exchange._guard(exchange._decode, exchange._run_decode))
+        await wait_for(d.asked.wait(), BOUND_S)
+        waiting.cancel()
+        over.set()
+        await asyncio.wait([waiting])
+        exchange.client.reply = lambda *answer: asyncio.sleep(0)
+        await wait_for(decode, BOUND_S)
+    assert exchange._over.result() is None and "InvalidStateError" not in caplog.text
 
 
 async def test_a_client_that_reads_nothing_is_given_up():
