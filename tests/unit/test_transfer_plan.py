@@ -137,5 +137,5 @@ def test_heads_that_cannot_be_shared_are_refused():
 @pytest.mark.parametrize("tables", [([0, 1], [0]), ([0], [0, 1])])
 def test_a_table_too_short_for_the_tokens_is_refused_with_both_lengths(tables):
     layout = rank_layout(shape())
-    with pytest.raises(LayoutMismatch, match="8 tokens do not fit into . blocks on the prefill node and . on the decode node"):
+    with pytest.raises(LayoutMismatch, match=r"8 tokens do not fit into . blocks on the prefill node and . on the decode node"):
         copies(layout, layout, head_slices(1, 1, 2), *tables, 0, 8, range(3))
