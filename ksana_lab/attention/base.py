@@ -41,8 +41,16 @@ class ForwardContext:
 class AttentionBackend(Protocol):
     name: str
 
-    def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Once, before requests: make everything that would take time at the first use. ``max_tokens``: of one sequence in a step."""
+    def warm_up(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device,
+        *, max_seq_len: int, block_size: int, cache_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Once, before requests and in the thread that will serve them: make everything that would take time at the first use.
+        ``max_tokens``: of one sequence in a step."""
+
+    def peak_chunk(self) -> tuple[int, int] | None:
+        """After ``warm_up``: new tokens and earlier context of a prefill chunk whose attention needs more memory than that of a prompt's
+        first chunk may; None if there is none."""
 
     def store(self, k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
         """Write k, v [T, kv_heads, head_dim] to their slots; a slot of -1 is skipped."""

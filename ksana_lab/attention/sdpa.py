@@ -67,8 +67,14 @@ class SdpaBackend:
         # [num_blocks, block_size, 2, kv_heads, head_dim]: with both indices in front, one assignment writes K and V of all heads.
         kv_layer.permute(0, 3, 1, 2, 4)[block, offset] = to_cache(torch.stack([k, v], dim=1), kv_layer.dtype)
 
-    def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def warm_up(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device,
+        *, max_seq_len: int, block_size: int, cache_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         pass
+
+    def peak_chunk(self) -> None:
+        return None
 
     def remember(self, k: Tensor, v: Tensor, kv_layer: Tensor) -> None:
         pass  # pages are read, always

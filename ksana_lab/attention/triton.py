@@ -1,22 +1,26 @@
-"""The attention backend of a GPU: Triton kernels over pages, and cuDNN where a prompt's own keys are all there is to see.
+"""The attention backend of a GPU: Triton kernels over pages, and cuDNN for long prompt chunks.
 
 Decodes take triton_decode.py. A long prefill chunk of a sequence without earlier context needs no pages: its keys and values are this
 step's tensors, and cuDNN's causal attention runs on them a quarter faster than any other kernel of this torch. But cuDNN plans for 40 ms
-whenever it meets a new length (measured), so lengths are rounded up to a few, which ``warm_up`` plans before the first request. Chunks
-after earlier context and shorter ones take triton_prefill.py, many sequences in one launch."""
+whenever it meets a new length (measured), so lengths are rounded up to a few, which ``warm_up`` plans before the first request. A long
+chunk after long context is cut into parts of such lengths (after_context.py), where ``warm_up`` found that right and faster. All other
+chunks take triton_prefill.py, many sequences in one launch."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ksana_lab.attention.after_context import AfterContext, Kernels, Shape
 from ksana_lab.attention.base import AttentionMetadata
 from ksana_lab.attention.store_kv import store_kv
 from ksana_lab.attention.triton_decode import DecodePlan, decode_attention, plan_decode
-from ksana_lab.attention.triton_prefill import gather_kv, prefill_attention
+from ksana_lab.attention.triton_prefill import gather_kv, merge_attention, prefill_attention
 
 _CUDNN_MIN = 2048  # new tokens from which cuDNN beats triton_prefill.py
 _CUDNN_STEP = 512  # its lengths are multiples of this
@@ -29,6 +33,7 @@ class TritonBackend:
         """``pdl``: let kernels start while their predecessors drain; None = where the GPU can."""
         self.pdl = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 if pdl is None else pdl
         self._step_kv: tuple[int, Tensor, Tensor] | None = None
+        self._after_context: AfterContext | None = None
 
     def store(self, k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
         """Write k, v [T, kv_heads, head_dim] to their slots; a slot of -1 is skipped."""
@@ -39,8 +44,11 @@ class TritonBackend:
         """This step's keys and values of a layer that another kernel has stored; ``attend`` may read them instead of pages."""
         self._step_kv = (kv_layer.data_ptr(), k, v)
 
-    def warm_up(self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Have cuDNN plan for every length it may be asked for, up to ``max_tokens`` in a step."""
+    def warm_up(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device,
+        *, max_seq_len: int, block_size: int, cache_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Have cuDNN plan for every length it may be asked for, up to ``max_tokens`` of a sequence in a step."""
         if dtype.itemsize != 2:
             return
         for length in range(_CUDNN_MIN, _padded(max_tokens) + 1, _CUDNN_STEP):
@@ -49,6 +57,12 @@ class TritonBackend:
             cudnn_attention(q, k, v, head_dim**-0.5, is_causal=True)
             if length < _padded(max_tokens):  # what is padded is laid out otherwise, and that is another plan
                 cudnn_attention(q.contiguous(), k.contiguous(), v.contiguous(), head_dim**-0.5, is_causal=True)
+        self._after_context = AfterContext(KERNELS, max_tokens, max_seq_len)
+        self._after_context.prove(Shape(num_heads, num_kv_heads, head_dim, block_size, dtype, cache_dtype), device)
+
+    def peak_chunk(self) -> tuple[int, int] | None:
+        """New tokens and earlier context of the chunk that gathers most; None where none is gathered."""
+        return None if self._after_context is None else self._after_context.peak()
 
     def attend(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
         """q [T, heads, head_dim] -> [T, heads, head_dim], causal within each sequence, GQA by heads // kv_heads.
@@ -70,20 +84,32 @@ class TritonBackend:
             plan: DecodePlan = meta.plan
             decode_attention(q[:num_decodes], kv_layer, meta.block_tables, plan, scale, out[:num_decodes], self.pdl)
         start = num_decodes
-        for is_whole, members in groupby(range(num_decodes, len(meta.query_lens)), key=lambda i: self._is_whole(meta, i, q.dtype)):
+        for kernel, members in groupby(range(num_decodes, len(meta.query_lens)), key=lambda i: self._kernel_for(meta, i, q.dtype)):
             run = list(members)
-            num_tokens = sum(meta.query_lens[i] for i in run)
-            if is_whole:
-                for i in run:
-                    end = start + meta.query_lens[i]
-                    out[start:end] = self._attend_whole(q[start:end], kv_layer, meta, i, start, scale)
-                    start = end
+            if kernel == "pages":
+                chosen = slice(run[0], run[-1] + 1)
+                starts = meta.query_start_loc[run[0] : run[-1] + 2]
+                num_tokens = sum(meta.query_lens[i] for i in run)
+                prefill_attention(q, kv_layer, meta.block_tables[chosen], starts, meta.seq_lens[chosen], num_tokens, scale, out)
+                start += num_tokens
                 continue
-            chosen = slice(run[0], run[-1] + 1)
-            starts = meta.query_start_loc[run[0] : run[-1] + 2]
-            prefill_attention(q, kv_layer, meta.block_tables[chosen], starts, meta.seq_lens[chosen], num_tokens, scale, out)
-            start += num_tokens
+            for i in run:
+                end = start + meta.query_lens[i]
+                if kernel == "whole":
+                    out[start:end] = self._attend_whole(q[start:end], kv_layer, meta, i, start, scale)
+                else:
+                    assert self._after_context is not None
+                    num_keys = meta.context_lens[i]
+                    self._after_context.attend(q[start:end], kv_layer, meta.block_tables[i], num_keys, scale, out[start:end])
+                start = end
         return out
+
+    def _kernel_for(self, meta: AttentionMetadata, i: int, dtype: torch.dtype) -> str:
+        if self._is_whole(meta, i, dtype):
+            return "whole"
+        if self._after_context is not None and self._after_context.takes(meta.query_lens[i], meta.context_lens[i]):
+            return "after context"
+        return "pages"
 
     def _plan(self, q: Tensor, kv_layer: Tensor, meta: AttentionMetadata) -> DecodePlan:
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -118,4 +144,37 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bo
         q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], None, with_lse, 0.0, is_causal, False, scale=scale
     )
     lse = result[1]
-    return result[0][0].transpose(0, 1), lse[0, :, :, 0] if lse is not None and lse.dim() == 4 else lse
+    if with_lse:  # [1, heads, n] and, in some versions of torch, a last axis of one
+        lse = lse.reshape(q.shape[1], q.shape[0])
+    return result[0][0].transpose(0, 1), lse
+
+
+def _paged(q: Tensor, kv_layer: Tensor, block_table: Tensor, num_keys: int, scale: float) -> Tensor:
+    """triton_prefill.py's for one sequence, of which q [n, heads, head_dim] are the last tokens."""
+    n = q.shape[0]
+    starts = torch.arange(0, n + 1, n, dtype=torch.int32, device=q.device)  # made on the device: it is timed, and a copy would wait
+    seq_lens = torch.full((1,), num_keys, dtype=torch.int32, device=q.device)
+    return prefill_attention(q, kv_layer, block_table[None], starts, seq_lens, n, scale, torch.empty_like(q))
+
+
+def _time_us(run: Callable[[], object]) -> float:
+    """Median microseconds on the device, of three in a row, so that the host is ahead."""
+    times = []
+    for _ in range(4):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(3):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / 3)
+    return statistics.median(times[1:])
+
+
+KERNELS = Kernels(
+    dense=lambda q, k, v, scale, is_causal: cudnn_attention(q, k, v, scale, is_causal, with_lse=True),
+    gather=lambda kv_layer, table, first, num_tokens, padded, dtype: gather_kv(kv_layer, table, num_tokens, dtype, first, padded),
+    merge=merge_attention,
+    paged=_paged,
+    time_us=_time_us,
+)

@@ -142,55 +142,53 @@ def prefill_attention(
     return out
 
 
-@triton.jit
+# A table's row and a slice of log-sum-exps begin anywhere: how they are aligned must not cost a compilation while serving.
+@triton.jit(do_not_specialize=["table", "first", "num_tokens"])
 def _gather_kernel(
-    kv, table, k, v, stride_block,
+    kv, table, k, v, stride_block, first, num_tokens,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0).to(tl.int64)
     element = tl.arange(0, WIDTH)
     live = element < KV_HEADS * HEAD_DIM
-    block = tl.load(table + token // BLOCK_SIZE).to(tl.int64)
+    exists = number < num_tokens  # behind the last token nothing is read, and zeros are written
+    token = first + number
+    block = tl.load(table + token // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
     source = kv + block * stride_block + token % BLOCK_SIZE * HEAD_DIM + element // HEAD_DIM * (BLOCK_SIZE * HEAD_DIM) + element % HEAD_DIM
-    target = token * (KV_HEADS * HEAD_DIM) + element
+    target = number * (KV_HEADS * HEAD_DIM) + element
     to = k.dtype.element_ty
-    tl.store(k + target, tl.load(source, mask=live).to(to), mask=live)
-    tl.store(v + target, tl.load(source + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=live).to(to), mask=live)
+    tl.store(k + target, tl.load(source, mask=live & exists, other=0.0).to(to), mask=live)
+    tl.store(v + target, tl.load(source + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=live & exists, other=0.0).to(to), mask=live)
 
 
-def gather_kv(kv_layer: Tensor, block_table: Tensor, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The first num_tokens keys and values of one sequence, [num_tokens, kv_heads, head_dim] each, out of its blocks."""
+def gather_kv(
+    kv_layer: Tensor, block_table: Tensor, num_tokens: int, dtype: torch.dtype, first: int = 0, padded: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the tokens first .. first + num_tokens of one sequence out of its blocks, then zeros up to ``padded`` tokens:
+    [padded, kv_heads, head_dim] each."""
     _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
-    k = torch.empty(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=kv_layer.device)
+    length = num_tokens if padded is None else padded
+    k = torch.empty(length, num_kv_heads, head_dim, dtype=dtype, device=kv_layer.device)
     v = torch.empty_like(k)
-    _gather_kernel[(num_tokens,)](
-        kv_layer, block_table, k, v, kv_layer.stride(0),
+    _gather_kernel[(length,)](
+        kv_layer, block_table, k, v, kv_layer.stride(0), first, num_tokens,
         KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, WIDTH=triton.next_power_of_2(num_kv_heads * head_dim),
     )  # fmt: skip
     return k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_a", "lse_b", "lse_out"])
 def _merge_kernel(
-    a,
-    lse_a,
-    b,
-    lse_b,
-    out,
-    stride_a,
-    stride_b,
-    stride_out,
-    stride_lse,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
-):
+    a, lse_a, b, lse_b, out, lse_out,
+    stride_a, stride_b, stride_out, stride_lse_a, stride_lse_b, stride_lse_out,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_PADDED: tl.constexpr, WRITE_LSE: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS_PADDED)
     dim = tl.arange(0, HEAD_DIM)
     live = head < HEADS
-    la = tl.load(lse_a + head * stride_lse + token, mask=live, other=0.0)
-    lb = tl.load(lse_b + head * stride_lse + token, mask=live, other=0.0)
+    la = tl.load(lse_a + head * stride_lse_a + token, mask=live, other=0.0)
+    lb = tl.load(lse_b + head * stride_lse_b + token, mask=live, other=0.0)
     peak = tl.maximum(la, lb)
     wa = tl.exp(la - peak)
     wb = tl.exp(lb - peak)
@@ -198,16 +196,23 @@ def _merge_kernel(
     xa = tl.load(a + token * stride_a + where, mask=live[:, None], other=0.0).to(tl.float32)
     xb = tl.load(b + token * stride_b + where, mask=live[:, None], other=0.0).to(tl.float32)
     x = (xa * wa[:, None] + xb * wb[:, None]) / (wa + wb)[:, None]
+    tl.debug_barrier()  # every warp has read before one writes: ``out`` may be ``a``
     tl.store(out + token * stride_out + where, x.to(out.dtype.element_ty), mask=live[:, None])
+    if WRITE_LSE:
+        tl.store(lse_out + head * stride_lse_out + token, peak + tl.log(wa + wb), mask=live)
 
 
-def merge_attention(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
-    """Softmax attention over the union of two disjoint key sets: a, b [T, heads, head_dim], lse [heads, T] float32 (natural)."""
+def merge_attention(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor, out: Tensor, lse_out: Tensor | None = None) -> Tensor:
+    """Softmax attention over the union of two disjoint key sets: a, b [T, heads, head_dim], lse [heads, T] float32 (natural).
+
+    ``out`` and ``lse_out`` (the union's, if wanted) may be ``a`` and ``lse_a``."""
     num_tokens, num_heads, head_dim = a.shape
-    assert lse_a.stride() == lse_b.stride() and lse_a.stride(1) == 1
+    target = lse_a if lse_out is None else lse_out
+    assert all(lse.stride(1) == 1 for lse in (lse_a, lse_b, target)), "a head's tokens must be contiguous"
     assert all(x.stride()[1:] == (head_dim, 1) for x in (a, b, out)), "a token's heads must be contiguous"
     _merge_kernel[(num_tokens,)](
-        a, lse_a, b, lse_b, out, a.stride(0), b.stride(0), out.stride(0), lse_a.stride(0),
-        HEADS=num_heads, HEAD_DIM=head_dim, HEADS_PADDED=triton.next_power_of_2(num_heads),
+        a, lse_a, b, lse_b, out, target,
+        a.stride(0), b.stride(0), out.stride(0), lse_a.stride(0), lse_b.stride(0), target.stride(0),
+        HEADS=num_heads, HEAD_DIM=head_dim, HEADS_PADDED=triton.next_power_of_2(num_heads), WRITE_LSE=lse_out is not None,
     )  # fmt: skip
     return out

@@ -185,23 +185,27 @@ class ModelRunner:
         return sampled
 
     @torch.inference_mode()
-    def run_largest_step(self, num_tokens: int, num_seqs: int, kv_layers: Sequence[Tensor]) -> None:
+    def run_largest_step(
+        self, num_tokens: int, num_seqs: int, kv_layers: Sequence[Tensor], *, max_len: int | None = None, context: int = 0
+    ) -> None:
         """A step of ``num_tokens`` prompt tokens and ``num_seqs`` sampled ones that stores nothing: what it allocates is what a real step
-        can need at most. ``kv_layers``: one block suffices, nothing of it is kept."""
-        max_len = min(num_tokens, self.model.config.max_position_embeddings)
+        can need at most. ``max_len``: tokens of one sequence, None = all the model has positions for; ``context``: tokens that each
+        sequence has before them. ``kv_layers``: one block suffices, nothing of it is kept."""
+        max_len = max_len or min(num_tokens, self.model.config.max_position_embeddings)
         query_lens = [max_len] * (num_tokens // max_len) + ([num_tokens % max_len] if num_tokens % max_len else [])
         loc = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-        num_blocks = -(-max_len // self.batch.block_size)
+        context_lens = [n + context for n in query_lens]
+        num_blocks = -(-(max_len + context) // self.batch.block_size)
         attn = AttentionMetadata(
             num_decodes=0,
             query_start_loc=torch.from_numpy(loc).to(self.device),
-            seq_lens=torch.tensor(query_lens, dtype=torch.int32, device=self.device),
+            seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=self.device),
             block_tables=torch.zeros(len(query_lens), num_blocks, dtype=torch.int32, device=self.device),
             slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device),
             query_lens=query_lens,
-            context_lens=query_lens,
+            context_lens=context_lens,
             max_query_len=max_len,
-            max_seq_len=max_len,
+            max_seq_len=max_len + context,
         )
         ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         positions = torch.cat([torch.arange(n, device=self.device) for n in query_lens])

@@ -148,10 +148,12 @@ class Worker:
         )
 
     def max_num_blocks(self) -> int:
-        """What this rank can hold. On CUDA runs the largest step once, to see what it needs besides; all ranks must call it together."""
+        """What this rank can hold. On CUDA has attention plan, then runs the largest step, to see what it needs besides; all ranks must
+        call it together."""
         options, scheduler, block_bytes = self.config.cache, self.config.scheduler, self.layout(1).block_bytes
         if self.device.type == "cpu":
             return cpu_num_blocks(options, block_bytes, scheduler.max_num_seqs, self.max_model_len)
+        self._plan_attention()
         return cuda_num_blocks(options, block_bytes, self.device, self._measure_workspace())
 
     def set_cache(self, num_blocks: int, num_host_blocks: int = 0) -> None:
@@ -171,11 +173,7 @@ class Worker:
                  self.kv_layout.total_bytes >> 20)  # fmt: skip
 
     def _warm_up(self) -> None:
-        """Nothing is compiled, planned or captured once requests come."""
-        model, backend = self.model_config, self.runner.backend
-        heads = model.num_local_heads(self.tp.size), model.num_local_kv_heads(self.tp.size)
-        max_tokens = min(self.config.scheduler.max_num_batched_tokens, self.max_model_len)
-        backend.warm_up(*heads, model.head_dim, max_tokens, self.dtype, self.device)
+        """Nothing is compiled or captured once requests come."""
         if not self.config.runtime.enable_cuda_graph:
             return
         if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
@@ -185,6 +183,15 @@ class Worker:
         if self.config.runtime.few_rows_linear:  # only in graphs: step by step the host is the limit, and their launches cost it more
             choose_kernels(self.runner.model, self.tp)
         self.runner.capture_graphs()
+
+    def _plan_attention(self) -> None:
+        """Before the largest step is measured: what is chosen here decides what that step needs."""
+        model, scheduler, layout = self.model_config, self.config.scheduler, self.layout(1)
+        max_tokens = min(scheduler.max_num_batched_tokens, self.max_model_len, scheduler.prefill_chunk_tokens or self.max_model_len)
+        self.runner.backend.warm_up(
+            model.num_local_heads(self.tp.size), layout.num_kv_heads, model.head_dim, max_tokens, self.dtype, self.device,
+            max_seq_len=self.max_model_len, block_size=layout.block_size, cache_dtype=getattr(torch, layout.dtype),
+        )  # fmt: skip
 
     def execute(self, command: StepCommand) -> PendingTokens:
         return self.runner.execute(command)
@@ -232,7 +239,12 @@ class Worker:
         torch.cuda.reset_peak_memory_stats(self.device)
         scheduler = self.config.scheduler
         num_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
-        self.runner.run_largest_step(num_tokens, min(scheduler.max_num_seqs, num_tokens), kv_layers)
+        num_seqs = min(scheduler.max_num_seqs, num_tokens)
+        self.runner.run_largest_step(num_tokens, num_seqs, kv_layers)
+        chunk = self.runner.backend.peak_chunk()
+        if b"yes" in self.tp.exchange(b"no" if chunk is None else b"yes"):  # ranks may have chosen differently, and a step is for all
+            max_len, context = chunk or (None, 0)
+            self.runner.run_largest_step(num_tokens, num_seqs, kv_layers, max_len=max_len, context=context)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del kv_layers

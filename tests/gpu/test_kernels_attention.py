@@ -211,3 +211,130 @@ def test_backend_of_a_mixed_step_agrees_with_float64(stored_by_other):
     out = backend.attend(q, layer, meta, 128**-0.5)
     expected = torch.cat([reference(q[starts[i] : starts[i + 1]], kv, 128**-0.5) for i, kv in enumerate(contents)])
     assert relative_error(out, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("block_size", "head_dim", "kv_heads", "group", "dtype"), CASES[:4] + CASES[-2:])
+def test_a_middle_of_a_sequence_is_gathered_and_padded_with_zeros(block_size, head_dim, kv_heads, group, dtype):
+    from ksana_lab.attention.triton_prefill import gather_kv
+
+    layer, tables, contents = make_cache([150], block_size, head_dim, kv_heads, "block_major", 1, dtype=dtype)
+    for first, count in [(0, 150), (37, 100), (64, 86), (149, 1)]:
+        for got, kv in zip(gather_kv(layer, tables[0], count, DTYPE, first, 160), contents[0], strict=True):
+            assert torch.equal(got[:count].double(), kv[:, first : first + count].transpose(0, 1))
+            assert got.shape[0] == 160 and not got[count:].any()
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (7, 128), (32, 128), (3, 64)])
+def test_merging_in_place_one_after_the_other_is_attention_over_all_parts(heads, head_dim):
+    from ksana_lab.attention.triton_prefill import merge_attention
+
+    num_tokens = 33 if INTERPRETED else 3000
+    q, k, v = (torch.randn(n, heads, head_dim, device=DEVICE).to(DTYPE) * 0.3 for n in (num_tokens, 80, 80))
+    scores = torch.einsum("nhd,mhd->hnm", q.double(), k.double())
+
+    def part(begin, end, before):
+        """As a slice of what came with ``before`` rows of padding in front."""
+        own = scores[:, :, begin:end]
+        x = torch.einsum("hnm,mhd->nhd", own.softmax(-1), v[begin:end].double())
+        wide, lse = poisoned(num_tokens + 9, heads, head_dim), torch.full((heads, num_tokens + 9), float("nan"), device=DEVICE)
+        wide[before : before + num_tokens], lse[:, before : before + num_tokens] = x.to(DTYPE), own.logsumexp(-1).float()
+        return wide[before : before + num_tokens], lse[:, before : before + num_tokens]
+
+    out, lse = part(0, 10, 5)
+    for begin, end, before in [(10, 11, 0), (11, 50, 9), (50, 80, 2)]:
+        merge_attention(out, lse, *part(begin, end, before), out, lse)
+    assert relative_error(out, torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v.double())) < 1.5 * TOLERANCE
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-5 if INTERPRETED else 2e-2)
+
+
+def plain_dense(q, k, v, scale, is_causal):
+    """What cuDNN does, where there is none."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q.double(), k) * scale
+    if is_causal:
+        scores.masked_fill_(torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v).to(q.dtype).contiguous(), scores.logsumexp(-1).float()
+
+
+def meta_of(lengths, new, num_decodes, tables):
+    from ksana_lab.attention.base import AttentionMetadata
+
+    starts = [sum(new[:i]) for i in range(len(new) + 1)]
+    starts_there, lengths_there = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lengths))
+    return AttentionMetadata(num_decodes, starts_there, lengths_there, tables, torch.empty(0), new, lengths, max(new), max(lengths))
+
+
+# new tokens, all tokens: a decode, a chunk for pages, two in parts, the second with a rest, one for pages again
+CHUNKS = [(1, 300), (100, 513), (2048, 4096 + 2048), (3000, 3000 + 5100), (90, 90)]
+
+
+@pytest.mark.parametrize("dtype", [DTYPE, FP8])
+def test_backend_of_a_step_with_chunks_after_context_agrees_with_float64(monkeypatch, dtype):
+    from ksana_lab.attention import after_context, triton
+    from ksana_lab.attention.triton_decode import plan_decode
+
+    scale, lengths_scale = 128**-0.5, 64 if INTERPRETED else 1
+    if INTERPRETED:  # there is no cuDNN, and everything is a 64th as long
+        for name in ("MIN_NEW", "MIN_CONTEXT", "_STEP", "_SQUARE_STEP", "_TIMED_CONTEXT"):
+            monkeypatch.setattr(after_context, name, getattr(after_context, name) // 64)
+        monkeypatch.setattr(after_context, "PIECES", tuple(piece // 64 for piece in after_context.PIECES))
+    new, lengths = ([max(1, n // lengths_scale) for n in column] for column in zip(*CHUNKS, strict=True))
+    backend, max_new, longest = triton.TritonBackend(), 3072 // lengths_scale, 10240 // lengths_scale
+    if INTERPRETED:
+        kernels = after_context.Kernels(plain_dense, triton.KERNELS.gather, triton.KERNELS.merge, triton.KERNELS.paged, lambda run: 1.0)
+        backend._after_context = after_context.AfterContext(kernels, max_new, longest)
+        backend._after_context.prove(after_context.Shape(8, 2, 128, 32, DTYPE, dtype), torch.device(DEVICE))
+        backend._after_context._chosen = frozenset(backend._after_context._lengths())  # whatever is faster here
+    else:
+        backend.warm_up(8, 2, 128, max_new, DTYPE, torch.device(DEVICE), max_seq_len=longest, block_size=32, cache_dtype=dtype)
+        ours = backend._after_context
+        ours._chosen = frozenset(ours._lengths())  # few heads of a small model: right is asked for here, not fast
+    layer, tables, contents = make_cache(lengths, 32, 128, 2, "block_major", 3, dtype=dtype)
+    meta = meta_of(lengths, new, 1, tables)
+    if INTERPRETED:
+        meta.plan = plan_decode(meta.seq_lens[:1], 8, 2, 128, num_sms=4)
+    assert [backend._kernel_for(meta, i, DTYPE) for i in range(1, 5)] == ["pages", "after context", "after context", "pages"]
+    q = torch.randn(sum(new), 8, 128, device=DEVICE).to(DTYPE)
+    out = backend.attend(q, layer, meta, scale)
+    for i, kv in enumerate(contents):
+        mine = slice(sum(new[:i]), sum(new[: i + 1]))
+        assert relative_error(out[mine], reference(q[mine], kv, scale)) < 1.5 * TOLERANCE
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN runs on a GPU only")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "cache_dtype"), [(32, 8, 128, DTYPE), (16, 8, 128, FP8), (14, 2, 64, DTYPE)])
+def test_cudnn_proves_right_for_every_length_and_is_faster_for_long_chunks(heads, kv_heads, head_dim, cache_dtype, caplog):
+    from ksana_lab.attention.triton import TritonBackend
+
+    backend = TritonBackend()
+    with caplog.at_level("INFO"):
+        backend.warm_up(
+            heads, kv_heads, head_dim, 8192, DTYPE, torch.device(DEVICE), max_seq_len=32768, block_size=64, cache_dtype=cache_dtype
+        )
+    print(caplog.text)
+    assert "in parts by cuDNN" in caplog.text and "WRONG" not in caplog.text
+    if (heads, head_dim) == (32, 128):  # the shape that was measured: 636 against 498 TFLOP/s
+        assert backend._after_context.takes(8192, 16384) and backend.peak_chunk()[0] == 8192
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN runs on a GPU only")
+def test_no_length_is_planned_while_serving():
+    """A plan takes 40 ms of the host; a call whose lengths are planned takes well below one."""
+    import time
+
+    from ksana_lab.attention.triton import TritonBackend
+
+    backend = TritonBackend()
+    backend.warm_up(32, 8, 128, 4096, DTYPE, torch.device(DEVICE), max_seq_len=20_000, block_size=64, cache_dtype=DTYPE)
+    ours = backend._after_context
+    ours._chosen = frozenset(ours._lengths())
+    layer, tables, _ = make_cache([20_000], 64, 128, 8, "block_major", 3)
+    slowest = 0.0
+    for n, context in [(4096, 8192), (4090, 4100), (3000, 9000), (2048, 17_000), (4096, 4096 + 64), (3584, 14_336)]:
+        assert ours.takes(n, n + context)
+        q = torch.randn(n, 32, 128, device=DEVICE).to(DTYPE)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        ours.attend(q, layer, tables[0], n + context, 128**-0.5, torch.empty_like(q))
+        slowest = max(slowest, time.perf_counter() - begin)
+    assert slowest < 0.02
