@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,32 +145,23 @@ class AfterContext:
     def attend(self, q: Tensor, kv_layer: Tensor, block_table: Tensor, num_keys: int, scale: float, out: Tensor) -> None:
         """q, out [n, heads, head_dim]: the last n of ``num_keys`` tokens, whose keys and values are in the blocks of ``block_table``."""
         n = q.shape[0]
-        parts = self._parts(q, kv_layer, block_table, num_keys, scale)
-        total, lse = next(parts)
-        for part, lse_part in parts:
-            self._kernels.merge(total, lse, part, lse_part, out, lse)
-            total = out
-        assert total is out, f"{n} tokens after {num_keys - n} have one part only"
-
-    def _parts(self, q: Tensor, kv_layer: Tensor, block_table: Tensor, num_keys: int, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Attention and log-sum-exp of q over disjoint key sets that together are all it sees."""
-        n, kernels = q.shape[0], self._kernels
         planned = cut(n, num_keys - n, self._max_new)
-        rest = planned.rest
-        queries = q.new_empty(max(planned.num_square, rest + planned.num_queries), *q.shape[1:])
-        queries[:rest] = 0
-        queries[rest : rest + n] = q
-        queries[rest + n :] = 0
-        first = num_keys - n - rest
-        k, v = kernels.gather(kv_layer, block_table, first, rest + n, planned.num_square, q.dtype)
-        part, lse = kernels.dense(queries[: planned.num_square], k, v, scale, True)
-        yield part[rest : rest + n], lse[:, rest : rest + n]
-        first = 0
-        for piece in planned.pieces:
-            k, v = kernels.gather(kv_layer, block_table, first, piece, piece, q.dtype)
-            part, lse = kernels.dense(queries[rest : rest + planned.num_queries], k, v, scale, False)
-            yield part[:n], lse[:, :n]
+        rest, first = planned.rest, 0
+        queries = _between_zeros(q, rest, max(planned.num_square, rest + planned.num_queries))
+
+        def part(first: int, num_tokens: int, padded: int, rows: slice, skip: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+            k, v = self._kernels.gather(kv_layer, block_table, first, num_tokens, padded, q.dtype)
+            x, lse = self._kernels.dense(queries[rows], k, v, scale, is_causal)
+            return x[skip : skip + n], lse[:, skip : skip + n]
+
+        square = slice(planned.num_square)
+        total, lse = part(num_keys - n - rest, rest + n, planned.num_square, square, rest, True)
+        behind_rest = slice(rest, rest + planned.num_queries)
+        for piece in planned.pieces:  # nothing of a piece is kept while the next is gathered
+            self._kernels.merge(total, lse, *part(first, piece, piece, behind_rest, 0, False), out, lse)
+            total = out
             first += piece
+        assert total is out, f"{n} tokens after {num_keys - n} have one part only"
 
     def prove(self, shape: Shape, device: torch.device) -> None:
         """Have the kernels plan for every length and compare them with the paged one; then take the numbers of queries that are faster.
@@ -230,6 +221,14 @@ class AfterContext:
         out = torch.empty_like(chunk.q[:num_new])
         apart = self._kernels.time_us(lambda: self.attend(*chunk.arguments(num_new, context), out))
         return apart, self._kernels.time_us(lambda: self._kernels.paged(*chunk.arguments(num_new, context)))
+
+
+def _between_zeros(q: Tensor, before: int, length: int) -> Tensor:
+    padded = q.new_empty(length, *q.shape[1:])
+    padded[:before] = 0
+    padded[before : before + q.shape[0]] = q
+    padded[before + q.shape[0] :] = 0
+    return padded
 
 
 class _RandomChunk:

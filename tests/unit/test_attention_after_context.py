@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ CPU = torch.device("cpu")
 def dense(q, k, v, scale, is_causal):
     """As cuDNN: causality of a square, rows and log-sum-exp in the order of q. Rows of zeros are padding: NaN."""
     assert not is_causal or len(q) == len(k)
+    assert q.isfinite().all() and k.isfinite().all() and v.isfinite().all()
     assert is_causal or k.flatten(1).any(1).all(), "padding among keys that every query sees"
     k, v = (x.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->hnm", q.to(k.dtype), k) * scale
@@ -97,7 +99,8 @@ def random_cache(num_keys, kv_heads, block_size, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_parts_are_attention_over_all_keys(small, seed):
+def test_parts_are_attention_over_all_keys(small, seed, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size: torch.full(size, torch.nan, dtype=x.dtype))
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kv_heads, group, block_size = rng.choice([1, 2, 3]), rng.choice([1, 4, 7]), rng.choice([5, 16, 32, 64])
@@ -167,6 +170,21 @@ def test_chunks_that_are_short_or_mostly_padding_are_not_taken(small):
     assert not ours.takes(101, 101 + 128), "longer than what was planned"
     assert not ours.takes(64, 64 + 700), "longer context than any sequence has"
     assert not ours.takes(65, 65 + 512), "80 rows for 65"
+
+
+def test_what_was_gathered_is_let_go_before_the_next_is(small):
+    alive = []
+
+    def noting(*args):
+        assert not any(there() is not None for there in alive)
+        k, v = gather(*args)
+        alive.extend((weakref.ref(k), weakref.ref(v)))
+        return k, v
+
+    layer, table = random_cache(50 + 1300, 1, 16)
+    q = torch.randn(50, 2, 8, dtype=torch.float64)
+    AfterContext(replace(KERNELS, gather=noting), 100, 2000).attend(q, layer, table, 1350, 1.0, torch.empty_like(q))
+    assert len(alive) == 2 * (1 + 3)  # rest and chunk; 2 x 512 and 256 of context
 
 
 def test_nothing_is_taken_before_it_is_proven(small):
