@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ _MAX_TOMBSTONES = 4096
 _MAX_PLANS = 8
 _SLOW_LINK = 0.5  # of what the hardware should give: below it the doctor warns
 _EXAMINE_S = 10.0
+_CLOSE_S = 5.0
 _KEEP = 0.8  # of the old value in a running mean
 _NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is its owner's alone
 _POLL_DEVICE_S = 20e-6  # how often a copy that a device is making is looked at, while there is one
@@ -134,6 +136,7 @@ class Sender:
         self._tombstones: OrderedDict[TransferKey, int] = OrderedDict()  # key -> serial: later steps of it are ignored
         self._peers: dict[int, _Peer] = {}
         self._threads: list[_SendThread] = []
+        self._helpers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that run are kept by threading itself
         self._steps: dict[int, Step] = {}
         self._next_step = 0
         self._next_token = 0
@@ -231,7 +234,7 @@ class Sender:
 
     def connect_peer(self, message: wire.ConnectPeer) -> None:
         """In the background."""
-        threading.Thread(target=self._connect, args=(message,), name="kv-connect", daemon=True).start()
+        self._in_background("kv-connect", self._connect, message)
 
     def close_peer(self, message: wire.ClosePeer) -> None:
         """In the background: nothing is written to the peer once its links are closed, which it sees."""
@@ -239,7 +242,7 @@ class Sender:
             peer = self._peers.pop(message.session, None)
             links = self._retire(peer) if peer is not None else []
         if links:
-            threading.Thread(target=_close_all, args=(links,), name="kv-disconnect", daemon=True).start()
+            self._in_background("kv-disconnect", _close_all, links)
 
     def target(self, message: wire.Target) -> None:
         """Where a prompt goes is known; what is computed of it goes now."""
@@ -318,9 +321,16 @@ class Sender:
             self._wake_senders()
         self._tracker.close()
         _close_all(links)
-        for thread in self._threads:
-            thread.join(timeout=5)
+        # A thread that is inside a native library when the interpreter ends aborts the process.
+        deadline = time.monotonic() + _CLOSE_S
+        for thread in [*self._threads, *self._helpers]:
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._cache = _NO_CACHE
+
+    def _in_background(self, name: str, what: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=what, args=args, name=name, daemon=True)
+        self._helpers.add(thread)
+        thread.start()
 
     # ---- connections -------------------------------------------------------------------------------------------------
 
@@ -493,7 +503,7 @@ class Sender:
         except TransferError as error:
             log.warning("a copy to %s failed: %s", link.peer.name, error)
             if link.link is not None:
-                threading.Thread(target=link.link.close, daemon=True).start()
+                self._in_background("kv-disconnect", link.link.close)
             self._abandon(link)
             self._report(wire.PeerLost(self._rank, link.peer.session, wire.clip(str(error))))
             return False
