@@ -21,6 +21,7 @@ import orjson
 from multidict import CIMultiDict
 from yarl import URL
 
+from ksana_lab.errors import TransferFailed
 from ksana_lab.protocol.node import FIRST_TOKEN_FROM_PREFILL, FIRST_TOKEN_HEADER
 from ksana_lab.router.comm_groups import Route
 from ksana_lab.router.registry import Node
@@ -33,6 +34,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 DELIVER_S = 5.0  # for a request to reach its node, after its client or the other node has given up
+BLAME_S = 0.25  # for the other node to say itself what a node blames it for
 TELL_S = 5.0  # for a client to take the error event of a broken stream
 FAILED_NODE_HEADER = "x-ksana-lab-failed-node"  # on an error that a node gave: which one, "<role> <inference_addr>"
 _HOP_BY_HOP = {
@@ -57,6 +59,7 @@ class Failure(Exception):
     type: str
     message: str
     node: Node | None = None  # whose fault it is, if a node's
+    blames_peer: bool = False  # the node says that the other one is why
     is_retryable: bool = False  # nothing was accepted: another route may be tried
     reply: tuple[Headers, bytes] | None = None  # the node's own answer with ``status``, to be passed on
     retry_after_s: int | None = None
@@ -328,6 +331,9 @@ class Exchange:
         if leg is self._prefill and self._has_decode_output:
             logger.info("%s, after its part was done", failure.message)
             return
+        if failure.blames_peer:  # a queue that is full is 429 and worth another try; the word of it may come first from the other side
+            asyncio.get_running_loop().call_later(BLAME_S, self.fail, failure)
+            return
         self.fail(failure)
 
     def _client_gone(self) -> None:
@@ -349,6 +355,7 @@ class Exchange:
             body = await response.read()
             failure = leg.failure(response.status, "node_error", f"answered {response.status}")
             failure.reply = (_client_headers(response, is_stream=False), body)
+            failure.blames_peer = (error_in(body) or {}).get("type") == TransferFailed.type
             if response.status < 500:
                 failure.outcome = "rejected"  # the request's fault, or there are too many
             raise failure
@@ -397,7 +404,8 @@ class Exchange:
         if error is not None:
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
-            raise leg.failure(status, str(error.get("type") or "node_failed"), str(error.get("message") or error))
+            type_ = str(error.get("type") or "node_failed")
+            raise leg.failure(status, type_, str(error.get("message") or error), blames_peer=type_ == TransferFailed.type)
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:

@@ -208,6 +208,37 @@ async def test_an_error_answer_of_one_side_is_returned_and_ends_the_other(bad_si
         assert_idle(router)
 
 
+BLAME = {"error": {"message": "the decode node gave it up", "type": "transfer_failed", "code": 502}}
+FULL = {"error": {"message": "full", "type": "queue_full", "code": 429}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_node_that_blames_the_other_does_not_speak_for_it(is_stream):
+    blamed = Event()
+
+    async def full(request):
+        await blamed.wait()
+        return web.json_response(FULL, status=429)
+
+    blame, decode = json_reply(502, BLAME), full
+    if is_stream:
+        said = [b"data: " + json.dumps(error).encode() + b"\n\n" for error in (BLAME, FULL)]
+        blame, decode = stream(said[0], headers=SSE), stream(blamed, said[1], headers=SSE | ACK)
+    async with one_pair(blame, decode) as (router, p, _d):
+        asked = asyncio.create_task(router.post("/v1/completions"))
+        await wait_for(p.answered.wait(), BOUND_S)
+        asyncio.get_running_loop().call_later(0.02, blamed.set)
+        response = await wait_for(asked, BOUND_S)
+        assert (response.status, (await response.json())["error"]["type"]) == (429, "queue_full")
+
+
+async def test_a_node_that_blames_a_silent_one_is_believed():
+    async with one_pair(json_reply(502, BLAME), hang()) as (router, _p, d):
+        response = await wait_for(router.post("/v1/completions"), BOUND_S)
+        assert (response.status, await response.json()) == (502, BLAME)
+        await wait_for(d.gone.wait(), BOUND_S)
+
+
 @pytest.mark.parametrize(
     ("prefill", "decode", "side", "says"),
     [
