@@ -137,6 +137,7 @@ class Sender:
         self._peers: dict[int, _Peer] = {}
         self._threads: list[_SendThread] = []
         self._helpers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that run are kept by threading itself
+        self._helpers_lock = threading.Lock()
         self._steps: dict[int, Step] = {}
         self._next_step = 0
         self._next_token = 0
@@ -322,15 +323,18 @@ class Sender:
         self._tracker.close()
         _close_all(links)
         # A thread that is inside a native library when the interpreter ends aborts the process.
+        with self._helpers_lock:
+            helpers = list(self._helpers)
         deadline = time.monotonic() + _CLOSE_S
-        for thread in [*self._threads, *self._helpers]:
+        for thread in [*self._threads, *helpers]:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._cache = _NO_CACHE
 
     def _in_background(self, name: str, what: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=what, args=args, name=name, daemon=True)
-        self._helpers.add(thread)
-        thread.start()
+        with self._helpers_lock:
+            thread.start()
+            self._helpers.add(thread)
 
     # ---- connections -------------------------------------------------------------------------------------------------
 
