@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,21 @@ log = logging.getLogger(__name__)
 class Engine:
     """Owned by one thread. ``step`` while ``is_busy``, else wait for ``pollables`` and new requests and step again."""
 
-    def __init__(self, config: EngineConfig, *, recorder: NullRecorder | None = None, pipeline_depth: int | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        recorder: NullRecorder | None = None,
+        pipeline_depth: int | None = None,
+        private_dir: Path | None = None,
+    ) -> None:
         """``pipeline_depth``: steps under way when the next is scheduled, 0 or 1; None = 1 on CUDA, 0 on a CPU, which computes on the
-        calling thread."""
+        calling thread. ``private_dir``: its folder of sockets is made there, so that it goes with it when the engine is killed."""
         self.config = config
         self._pipeline_depth = pipeline_depth
         self._recorder = recorder or NullRecorder()
-        self._ipc_dir = tempfile.mkdtemp(prefix="ksana-lab-")  # mode 0700: sockets of the ranks and of the transfer's control
+        # mode 0700: sockets of the ranks and of the transfer's control
+        self._ipc_dir = tempfile.mkdtemp(prefix="ksana-lab-" if private_dir is None else "e-", dir=private_dir)
         self._inflight: deque[tuple[SchedulerOutput, PendingTokens, int]] = deque()
         self._next_seq_id = 0
         self._num_steps = 0

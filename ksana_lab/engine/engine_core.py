@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -48,7 +49,7 @@ def run(config: EngineConfig, api_address: str) -> int:
     engine = None
     try:
         with _Signals() as signals:
-            engine = Engine(config, recorder=recorder)
+            engine = Engine(config, recorder=recorder, private_dir=Path(api_address.removeprefix("ipc://")).parent)
             signals.ring = engine.wakeup.ring
             _Loop(engine, channel, signals).run()
         return 0

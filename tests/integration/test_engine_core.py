@@ -233,6 +233,7 @@ def test_ranks_end_with_a_killed_engine(tmp_path):
         node.process.kill()
         psutil.wait_procs([rank1], timeout=20)
         assert not rank1.is_running() or rank1.status() == psutil.STATUS_ZOMBIE
+        assert list(tmp_path.glob("e-*/rank1.sock"))  # what it leaves is in the node's own folder, which somebody removes
     finally:
         node.close()
 
