@@ -1,8 +1,8 @@
 """What recording costs: ``python -m ksana_lab.bench trace``. The same engine and work with the event log on and off, in turns.
 
-Two engines with the same weights run in this process, one after the other in pairs whose order alternates, so that whatever else the
-machine does falls on both; the cost is the median of the pairs' ratios, with the interval of an order statistic. Beside it, what one event
-costs its caller. Knows no HTTP: tokens per second of decode steps, where the log is written most often."""
+One engine runs with its log and without, in pairs whose order alternates, so that whatever else the machine does falls on both; the cost is
+the median of the pairs' ratios, with the interval of an order statistic. Beside it, what one event costs its caller. Knows no HTTP: tokens
+per second of decode steps, where the log is written most often."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ksana_lab.engine.engine import Engine
 from ksana_lab.engine.llm import LLM
 from ksana_lab.tracing.events import read_logs
-from ksana_lab.tracing.recorder import Recorder
+from ksana_lab.tracing.recorder import NullRecorder, Recorder
 from ksana_lab.types import SamplingParams
 
 _NUM_PROMPTS = 8
+_DRAIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,42 @@ def event_us(count: int = 50_000) -> tuple[float, float]:
     return own / count * 1e6, whole / count * 1e6
 
 
-def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 64) -> Cost:
+class _Switch:
+    """Gives one engine its recorder and takes it away. Two engines would not do: two that are alike differ by 2%."""
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine._executor is not None and engine._executor.worker is not None
+        self._engine, self._runner = engine, engine._executor.worker.runner
+        self._recorder, self._timer = engine._recorder, self._runner.layer_timer
+
+    def set(self, is_on: bool) -> None:
+        """Between requests; what was recorded is written before."""
+        end_s = time.monotonic() + _DRAIN_S
+        while isinstance(self._recorder, Recorder) and self._recorder.num_waiting and time.monotonic() < end_s:
+            time.sleep(0.005)
+        recorder = self._recorder if is_on else NullRecorder()
+        self._engine._recorder = self._engine.scheduler._events = recorder
+        self._runner.layer_timer = self._timer if is_on else None
+
+
+def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 256) -> Cost:
     """Raises what LLM raises."""
     prompts = [[3 + (7 * i + j) % 500 for j in range(32)] for i in range(_NUM_PROMPTS)]
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    with tempfile.TemporaryDirectory() as folder, LLM(model_dir) as off, LLM(model_dir, trace_dir=folder) as on:
-        engines = {"off": off, "on": on}
-        for engine in engines.values():
-            engine.generate(prompts, sampling)
+    with tempfile.TemporaryDirectory() as folder, LLM(model_dir, trace_dir=folder) as llm:
+        switch = _Switch(llm.engine)
+        llm.generate(prompts, sampling)
         seconds: dict[str, list[float]] = {"off": [], "on": []}
         cpu: dict[str, list[float]] = {"off": [], "on": []}
         for number in range(num_pairs):
             for name in ("off", "on") if number % 2 else ("on", "off"):
+                switch.set(name == "on")
                 begin, cpu_begin = time.perf_counter(), time.process_time()
-                engines[name].generate(prompts, sampling)
+                llm.generate(prompts, sampling)
                 seconds[name].append(time.perf_counter() - begin)
+                switch.set(False)  # until the last event is written: that is part of what the log costs
                 cpu[name].append(time.process_time() - cpu_begin)
-        on.close()
+        llm.close()
         (log,) = read_logs(folder)
     ratios = sorted(100 * (1 - a / b) for a, b in zip(seconds["off"], seconds["on"], strict=True))
     cpu_ratios = [100 * (1 - a / b) for a, b in zip(cpu["off"], cpu["on"], strict=True)]
@@ -99,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ksana_lab.bench trace", description="Throughput with the event log on and off.")
     parser.add_argument("--model-dir", default=".cache/tiny", help="a checkpoint (.cache/tiny: python -m ksana_lab.models.synth)")
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=64, help="per request, 8 requests at once")
+    parser.add_argument("--tokens", type=int, default=256, help="per request, 8 requests at once")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     cost = measure(options.model_dir, num_pairs=options.pairs, num_tokens=options.tokens)

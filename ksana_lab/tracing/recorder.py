@@ -102,6 +102,11 @@ class Recorder(NullRecorder):
         if not self._wake.is_set():
             self._wake.set()
 
+    @property
+    def num_waiting(self) -> int:
+        """Events that are not written yet."""
+        return len(self._events)
+
     # ---- the writer's thread -----------------------------------------------------------------------------------------
 
     def _write(self) -> None:
