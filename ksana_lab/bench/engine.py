@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ksana_lab.bench._results import Row, write_results
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import ALLOCATOR_VARIABLE, engine_environment
 from ksana_lab.engine.engine import Engine
@@ -73,21 +72,6 @@ class Scale:
 
 GPU = Scale()
 TRIAL = Scale("cpu", 60, 16, (1, 4), (1, 4), (1, 4), (64, 256), 2, 8, (32, 8), (128, 8), 8, 512, 256, 512, 512, 512)
-
-
-@dataclass
-class Row:
-    name: str
-    unit: str
-    floor: float | None
-    ours: float
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times the floor (of a throughput: how many times below its ceiling)."""
-        if not self.floor or not self.ours:
-            return None
-        return self.floor / self.ours if self.unit.endswith("/s") else self.ours / self.floor
 
 
 @dataclass(frozen=True)
@@ -435,23 +419,6 @@ def _line(row: Row) -> str:
     floor = "" if row.floor is None else f"{row.floor:10.3f}"
     ratio = "" if row.ratio is None else f"{row.ratio:6.2f}x"
     return f"{row.name:36s} floor {floor:>10s}  ours {row.ours:12.3f} {row.unit:9s} {ratio}"
-
-
-def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Add ``rows`` to the file, newer ones in the place of those of the same name."""
-    kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    kept.update({row.name: asdict(row) for row in rows})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "CPU"
-    machine = f"{where}, torch {torch.__version__}"
-    result = {"date": datetime.date.today().isoformat(), "machine": machine, "commit": commit(), "rows": list(kept.values())}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def commit() -> str:
-    """Of the working tree; COMMIT from the environment where it is no repository."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def _median_s(call: Callable[[], object], device: torch.device, num: int = 10) -> float:

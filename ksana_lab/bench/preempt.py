@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ksana_lab.bench.engine import Row, offline_run_s, write_results
+from ksana_lab.bench._results import Row, write_results
+from ksana_lab.bench.engine import offline_run_s
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.engine.engine import Engine
 from ksana_lab.models.synth import synthesize

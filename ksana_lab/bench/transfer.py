@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import itertools
 import json
 import random
@@ -34,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ksana_lab.bench import _results
 from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
@@ -449,12 +449,10 @@ def main(argv: Sequence[str]) -> int:
             for figure in measure_end_to_end(model_dir, args.tokens, args.device, args.rounds, args.rate_requests):
                 print(f"{figure[0]:32s} {figure[2]:10.3f} {figure[1]}", flush=True)
                 figures.append(figure)
-                if args.json:
-                    write_json(args.json, figures)
+                _write(args, figures)
     for name, unit, value in named(rows):
         print(f"{name:36s} {value:10.4f} {unit}", flush=True)
-    if args.json:
-        write_json(args.json, figures)
+    _write(args, figures)
     if args.figure and rows:
         draw(rows, args.figure)
     return 0
@@ -497,6 +495,11 @@ def _speeds(text: str) -> list[float | None]:
     return [None if part == "none" else float(part) for part in text.split(",")]
 
 
+def _write(args: argparse.Namespace, figures: Sequence[tuple[str, str, float]]) -> None:
+    if args.json:
+        _results.write_results(args.json, [_results.Row(name, unit, None, value) for name, unit, value in figures])
+
+
 def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
     """The figures that ``docs/results/transfer.json`` keeps, of the fastest backend measured first."""
     out: dict[str, tuple[str, float]] = {}
@@ -520,18 +523,6 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             derived = {"bandwidth_ratio": row.bandwidth_ratio, "hidden_fraction": row.hidden_fraction, "slowdown_pct": row.slowdown_pct}
             writer.writerow(asdict(row) | derived)
-
-
-def write_json(path: Path, figures: Sequence[tuple[str, str, float]]) -> None:
-    """Add ``figures`` to the file, newer ones in the place of those of the same name."""
-    from ksana_lab.bench.engine import commit
-
-    kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    kept.update({name: {"name": name, "unit": unit, "floor": None, "ours": value} for name, unit, value in figures})
-    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "CPU"
-    head = {"date": datetime.date.today().isoformat(), "machine": f"{machine}, torch {torch.__version__}", "commit": commit()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, "rows": list(kept.values())}, indent=1) + "\n", encoding="utf-8")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

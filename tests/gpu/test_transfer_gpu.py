@@ -51,9 +51,7 @@ def make_pair(model_dir, **connector):
     )  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
-def test_a_pair_says_what_one_node_says_in_every_mode(backend, model_dir, alone):
+def assert_says_the_same_in_every_mode(backend, model_dir, alone):
     with make_pair(model_dir, backend=backend, is_here=True) as pair:
         worker = pair.engines["prefill"].engine.transfer_worker
         for mode in MODES:
@@ -62,6 +60,12 @@ def test_a_pair_says_what_one_node_says_in_every_mode(backend, model_dir, alone)
                 said = [pair.generate([prompt], GREEDY)[0] for prompt in BATCH]
                 assert said == alone, (mode, checksum)
         pair.wait_clean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
+def test_a_pair_says_what_one_node_says_in_every_mode(backend, model_dir, alone):
+    assert_says_the_same_in_every_mode(backend, model_dir, alone)
 
 
 @pytest.mark.multi_gpu
@@ -179,10 +183,7 @@ def test_two_thousand_requests_with_cancels_leave_memory_and_blocks_as_they_were
         assert all(engine.status().num_leaked_blocks == 0 for engine in pair.engines.values())
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("victim", ["prefill", "decode"])
-@pytest.mark.parametrize("backend", ["cuda_ipc", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
-def test_a_killed_node_takes_nothing_with_it_and_comes_back(backend, victim, model_dir, alone):
+def assert_survives_a_kill(backend, victim, model_dir, alone):
     survivor = "decode" if victim == "prefill" else "prefill"
     with make_pair(model_dir, backend=backend, checksum=False) as pair:
         failed = set()
@@ -201,6 +202,13 @@ def test_a_killed_node_takes_nothing_with_it_and_comes_back(backend, victim, mod
         pair.restart(victim)
         assert pair.generate(BATCH[2:3], GREEDY) == alone[2:3]
         pair.wait_clean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+@pytest.mark.parametrize("backend", ["cuda_ipc", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
+def test_a_killed_node_takes_nothing_with_it_and_comes_back(backend, victim, model_dir, alone):
+    assert_survives_a_kill(backend, victim, model_dir, alone)
 
 
 def any_left(pair, role):

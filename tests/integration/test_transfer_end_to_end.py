@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
-from transfer_nodes import COMM_KEY, LAYERS, Node, connect, make_pair, random_kv, wait_for
+from transfer_nodes import COMM_KEY, LAYERS, Node, connect, make_pair, random_kv, send_after_preemption, wait_for
 
 from ksana_lab.errors import ConfigError, TransferError
 from ksana_lab.types import Role
@@ -124,17 +124,7 @@ def test_many_requests_at_once_do_not_mix():
 
 def test_a_prompt_that_was_preempted_is_sent_anew():
     with make_pair() as (p, d):
-        kv, garbage = random_kv(16), random_kv(16, seed=99)
-        on_d, on_p = d.sequence(1, 16), p.sequence(1, 16)
-        d.connector.on_allocated(on_d)
-        p.connector.on_allocated(on_p)
-        p.compute(on_p, garbage, 0, 12)
-        on_p.num_preemptions += 1
-        on_p.block_table = [40, 41, 42, 43]
-        p.connector.on_allocated(on_p)
-        p.compute(on_p, kv, 0, 16)
-        p.finish(on_p)
-        d.wait(lambda news: on_d.seq_id in news.received, "received")
+        kv, on_d = send_after_preemption(p, d)
         assert np.array_equal(d.read(on_d, 16), kv)
 
 

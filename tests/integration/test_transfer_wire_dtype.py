@@ -8,7 +8,7 @@ from helpers_checkpoint import checkpoint, prompts
 from helpers_pair import EnginePair
 from test_transfer_end_to_end import send
 from test_transfer_failures import assert_clean, begin
-from transfer_nodes import Node, make_pair, random_kv, wait_for
+from transfer_nodes import Node, make_pair, random_kv, send_after_preemption, wait_for
 
 from ksana_lab.bench.wire_dtype import measure
 from ksana_lab.engine.llm import LLM
@@ -77,17 +77,7 @@ def test_an_emulated_link_counts_the_bytes_on_the_wire():
 
 def test_a_prompt_that_was_preempted_is_packed_anew():
     with make_pair(transfer_mode="layer", **FP8) as (p, d):
-        kv, garbage = random_kv(16), random_kv(16, seed=99)
-        on_d, on_p = d.sequence(1, 16), p.sequence(1, 16)
-        d.connector.on_allocated(on_d)
-        p.connector.on_allocated(on_p)
-        p.compute(on_p, garbage, 0, 12)
-        on_p.num_preemptions += 1
-        on_p.block_table = [40, 41, 42, 43]
-        p.connector.on_allocated(on_p)
-        p.compute(on_p, kv, 0, 16)
-        p.finish(on_p)
-        d.wait(lambda news: on_d.seq_id in news.received, "received")
+        kv, on_d = send_after_preemption(p, d)
         assert_close(d.read(on_d, 16), kv)
 
 

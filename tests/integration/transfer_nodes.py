@@ -188,3 +188,19 @@ def make_pair(p_tp: int = 1, d_tp: int = 1, *, p: dict | None = None, d: dict | 
     finally:
         decode.close()
         prefill.close()
+
+
+def send_after_preemption(p: Node, d: Node) -> tuple[np.ndarray, Sequence]:
+    """P loses a prompt of 16 tokens when 12 are computed, and computes it again into other blocks. Returns what D must hold, and where."""
+    kv, garbage = random_kv(16), random_kv(16, seed=99)
+    on_d, on_p = d.sequence(1, 16), p.sequence(1, 16)
+    d.connector.on_allocated(on_d)
+    p.connector.on_allocated(on_p)
+    p.compute(on_p, garbage, 0, 12)
+    on_p.num_preemptions += 1
+    on_p.block_table = [40, 41, 42, 43]
+    p.connector.on_allocated(on_p)
+    p.compute(on_p, kv, 0, 16)
+    p.finish(on_p)
+    d.wait(lambda news: on_d.seq_id in news.received, "received")
+    return kv, on_d

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ksana_lab.bench.engine import GPU, Ceilings, Floors, Row, write_results
+from ksana_lab.bench._results import Row, write_results
+from ksana_lab.bench.engine import GPU, Ceilings, Floors
 from ksana_lab.models.synth import SHAPES
 
 
