@@ -2,7 +2,7 @@
 
 Every algorithm is compared with the expected sums to the bit before it is timed. Microseconds are medians of calls in a captured graph.
 
-    python -m ksana_lab.bench allreduce [--tp 2] [--max-mib 16] [--dtype bfloat16] [--json FILE]"""
+    python -m ksana_lab.bench allreduce [--tp 2] [--max-mib 64] [--dtype bfloat16] [--json FILE]"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ksana_lab.bench allreduce", description=__doc__.splitlines()[0])
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="ranks, one for each GPU")
-    parser.add_argument("--max-mib", type=int, default=16, help="largest message")
+    parser.add_argument("--max-mib", type=int, default=64, help="largest message")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="write sizes, times and the table there")
     args = parser.parse_args(argv)

@@ -284,13 +284,15 @@ def measure_small(name: str, model_dir: str, parts: Sequence[str], floors: Floor
 
 
 def measure_tp(model_dir: str, tp: int, scale: Scale) -> Iterator[Row]:
-    steps: dict[int, dict[int, float]] = {}
+    alone: dict[int, float] = {}
     for size in (1, tp):
         with engine(model_dir, scale, num_blocks=scale.num_blocks_tp, max_num_seqs=max(scale.tp_batches), tp=size) as running:
-            steps[size] = {batch: decode_step_s(running, batch, scale) for batch in scale.tp_batches}
-    for batch in scale.tp_batches:
-        yield Row(f"tp{tp}.decode_ms.b{batch}", "ms", None, steps[tp][batch] * 1e3)
-        yield Row(f"tp{tp}.decode_ratio.b{batch}", "x", 1 / tp, steps[tp][batch] / steps[1][batch])
+            for batch in scale.tp_batches:
+                step = decode_step_s(running, batch, scale)
+                yield Row(f"tp{size}.decode_ms.b{batch}", "ms", None, step * 1e3)
+                if size > 1:
+                    yield Row(f"tp{size}.decode_ratio.b{batch}", "x", 1 / size, step / alone[batch])
+                alone.setdefault(batch, step)
 
 
 def measure_served(name: str, model_dir: str, floors: Floors, scale: Scale) -> Iterator[Row]:

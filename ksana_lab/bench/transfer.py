@@ -41,13 +41,14 @@ from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.models.synth import shape, synthesize
 from ksana_lab.protocol.engine import SequenceUpdate
 from ksana_lab.transfer.base import DeviceTicket, Link
-from ksana_lab.transfer.plan import HeadSlice, copies
+from ksana_lab.transfer.plan import HeadSlice, copies, shifted
 from ksana_lab.transfer.registry import make_backend, registers_source
 from ksana_lab.types import SamplingParams
 
 _BLOCK_SIZE = 16
 _TIMEOUT_S = 60.0
 _CHUNK_TOKENS = 2048  # of the data plane's chunk mode
+_HOLD_CYCLES = 20_000_000  # of the GPU, 10 ms
 
 
 @dataclass
@@ -174,44 +175,57 @@ def _measure_one(
     num = -(-tokens // _BLOCK_SIZE)
     here, there = (dice.permutation(layout.num_blocks)[:num].tolist() for _ in range(2))
     slices = [HeadSlice(0, 0, 0, 0, layout.num_kv_heads)]
-    parts = list(_parts(mode, tokens, layout.num_layers))
-    plans = [copies(layout, layout, slices, here, there, first, last, layers) for first, last, layers in parts]
-    row = Row("link", name, mode, tokens, nbytes=tokens * layout.token_bytes, descriptors=sum(map(len, plans)))
+    lists: dict[tuple[int, int], np.ndarray] = {}  # as a sender has it: one for all layers of the same tokens
+    writes = []
+    for first, last, layers, layer in _parts(mode, tokens, layout.num_layers):
+        if (first, last) not in lists:
+            lists[first, last] = copies(layout, layout, slices, here, there, first, last, layers)
+        writes.append((lists[first, last], layout.cell_offset(0, layer)))
+    row = Row("link", name, mode, tokens, nbytes=tokens * layout.token_bytes, descriptors=sum(len(runs) for runs, _ in writes))
+    is_behind = cache.is_cuda and mode == "layer"  # as behind a prefill: few SMs
     post, wire, total = [], [], []
-    for i in range(rounds + 2):
+    for i in range(2 * rounds + 2 if is_behind else rounds + 2):
+        fresh = {id(runs): runs.copy() for runs, _ in writes}  # every prompt has blocks of its own, whose list is uploaded once
+        is_held = is_behind and i % 2 == 0  # until all is posted, so that the device's times are the wire's and not the host's
         before, begin, tickets, posted = acks.count, time.perf_counter(), [], 0.0
         event = None
-        if cache.is_cuda and mode == "layer":  # as behind a prefill: few SMs
+        if is_behind:
+            if is_held:
+                torch.cuda._sleep(_HOLD_CYCLES)
             event = torch.cuda.Event()
             event.record()
-        for runs in plans:
+        for runs, offset in writes:
             start = time.perf_counter()
-            tickets.append(link.write(runs, WINDOW, event))
+            tickets.append(link.write(fresh[id(runs)], WINDOW, event, (offset, offset)))
             posted += time.perf_counter() - start
         for ticket in tickets:
             assert ticket.wait(_TIMEOUT_S), "a copy was not over in time"
-        for _ in plans:
+        for _ in writes:
             link.notify(WINDOW, 1, b"done")
         deadline = time.monotonic() + _TIMEOUT_S
-        while acks.count < before + len(plans):
+        while acks.count < before + len(writes):
             assert time.monotonic() < deadline and acks.lost is None, acks.lost or "no acknowledgement"
             time.sleep(20e-6)
-        if i >= 2:  # the first two warm up
+        if i < 2:  # they warm up
+            continue
+        if not is_held:
             total.append(time.perf_counter() - begin)
             post.append(posted)
+        if is_held or not is_behind:
             wire.append(sum(t.wire_s for t in tickets if isinstance(t, DeviceTicket)) or total[-1])
     row.post_ms, row.wire_ms, row.total_ms = (1e3 * statistics.median(times) for times in (post, wire, total))
-    _check_bytes(cache, peer, plans)
+    _check_bytes(cache, peer, [shifted(runs, (offset, offset)) for runs, offset in writes])
     row.reference_ms = 1e3 * _reference_s(link, row.nbytes)
     return row
 
 
-def _parts(mode: str, tokens: int, num_layers: int) -> Iterator[tuple[int, int, range]]:
+def _parts(mode: str, tokens: int, num_layers: int) -> Iterator[tuple[int, int, range, int]]:
+    """(first token, end, layers, by how many layers to move them)"""
     if mode == "layer":
-        yield from ((0, tokens, range(layer, layer + 1)) for layer in range(num_layers))
+        yield from ((0, tokens, range(1), layer) for layer in range(num_layers))
     else:
         step = _CHUNK_TOKENS if mode == "chunk" else tokens
-        yield from ((first, min(tokens, first + step), range(num_layers)) for first in range(0, tokens, step))
+        yield from ((first, min(tokens, first + step), range(num_layers), 0) for first in range(0, tokens, step))
 
 
 def _check_bytes(cache: torch.Tensor, peer: Any, plans: Sequence[np.ndarray]) -> None:
@@ -274,13 +288,15 @@ class _Overlap:
         self._dice = random.Random(0)
 
     def measure(self, length: int, settings: Sequence[Setting], backend: str, rounds: int) -> list[Row]:
-        """Every setting and the transfer switched off, once in each round."""
+        """Every setting and the transfer switched off, once in each round, in another order each time, and each behind a prefill that
+        does not count: a GPU that has idled behind a slow link computes the next prompt faster."""
         samples: dict[Setting | None, list[dict[str, float]]] = {key: [] for key in (None, *settings)}
         for i in range(rounds + 1):
-            for key, seen in samples.items():
+            for key in self._dice.sample(list(samples), len(samples)):
+                self._once(length, None)
                 sample = self._once(length, key)
                 if i:  # the first round warms up
-                    seen.append(sample)
+                    samples[key].append(sample)
         middle = {key: {name: statistics.median(s[name] for s in seen) for name in seen[0]} for key, seen in samples.items()}
         off_ms = middle[None]["prefill_s"] * 1e3
         rows = []
@@ -313,6 +329,7 @@ class _Overlap:
             pair.add("decode", number, prompt, sampling)
             self._await_announcement()
         ended: dict[str, float] = {}
+        time.sleep(2e-3)  # in every case: a processor that has just waited for the announcement is slower for a while
         begin = time.perf_counter()
         pair.add("prefill", number, prompt, sampling, is_alone=setting is None)
         deadline = begin + _TIMEOUT_S

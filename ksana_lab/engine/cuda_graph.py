@@ -64,6 +64,12 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         log.info("%d decode graphs up to batch %d captured in %.1f s", len(self.sizes), self.sizes[-1], time.monotonic() - start)
 
+    def close(self) -> None:
+        """A replay under way goes on to its end."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def fits(self, inputs: StepInputs) -> bool:
         """One token each, and each samples (a prompt chunk may be one token that does not)."""
         num = len(inputs.seq_ids)

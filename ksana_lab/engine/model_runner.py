@@ -105,6 +105,15 @@ class ModelRunner:
         """``kv_layers``: per layer [num_blocks, 2, kv_heads, block_size, head_dim]. ``host_blocks``: where they are swapped to."""
         self._kv_layers, self.connector, self._host_blocks = kv_layers, connector, host_blocks
 
+    def close(self) -> None:
+        """Let go of the graphs, which hold the communicator that they captured, and of the timer. May be called twice."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
+        if self.layer_timer is not None:
+            self.layer_timer.close()
+            self.layer_timer = None
+
     def capture_graphs(self) -> None:
         """Make graphs of the decode steps. CUDA only, after ``set_cache``; all ranks of a group together."""
         graphs = DecodeGraphs(

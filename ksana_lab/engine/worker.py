@@ -215,10 +215,10 @@ class Worker:
         if self.connector is not None:
             self.connector.close()
             self.connector = None
-        self.tp.close()
         runner, self.runner = getattr(self, "runner", None), None  # type: ignore[assignment]
-        if runner is not None and runner.layer_timer is not None:
-            runner.layer_timer.close()
+        if runner is not None:
+            runner.close()
+        self.tp.close()
         if self.host_blocks is not None:  # waits for the device; leaving the group has ended its waits for other ranks
             self.host_blocks.close()
             self.host_blocks = None

@@ -23,6 +23,7 @@ from ksana_lab import cuda_driver
 from ksana_lab.errors import KsanaLabError, TransferError
 from ksana_lab.layers import all_reduce_plan as plan
 from ksana_lab.layers.all_reduce_plan import LL, NCCL, OURS, PROGRAMS, Areas, Report, SizeTable, ladder
+from ksana_lab.layers.replay import capture, replay_us
 
 if TYPE_CHECKING:
     from ksana_lab.layers.tp import TPGroup
@@ -34,7 +35,7 @@ _LOOKS_AT_START = 1 << 23  # seconds
 _LOOKS = 1 << 28  # a minute or more: NCCL's bound is two
 _NUM_CHECKED = 4  # messages back to back, so that the second comes before a slow peer has read the first
 _NUM_TIMED = 8
-_REPLAYS = 5
+_REPLAYS = 11  # odd, and many: a rank whose host is held up for a while holds all others up
 
 RUNNING, GAVE_UP, CLOSED = 0, 1, 2  # the word between kernels and host
 
@@ -247,7 +248,7 @@ def is_right(tp: TPGroup, memory: PeerMemory, name: str, size: int, dtype: torch
 
     run()
     good = all(torch.equal(out, want) for out, want in zip(outputs, expected, strict=True))
-    graph = _capture(run)
+    graph, _ = capture(run)
     for _ in range(2):
         for out in outputs:
             out.fill_(float("nan"))
@@ -285,14 +286,6 @@ def _complaint(work: Callable[[], None]) -> str | None:
     return None
 
 
-def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def _median_us(reduce: Callable[[Tensor], object], source: Tensor) -> float:
     """Microseconds a call in a captured graph, median over replays; small numbers, so that repeated sums stay finite."""
     x = source * 1e-4
@@ -302,16 +295,11 @@ def _median_us(reduce: Callable[[Tensor], object], source: Tensor) -> float:
         for _ in range(_NUM_TIMED):
             reduce(x)
 
-    graph = _capture(run)
+    graph, _ = capture(run)
     times = []
     for _ in range(_REPLAYS + 1):
         x.copy_(source).mul_(1e-4)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / _NUM_TIMED)
+        times.append(replay_us(graph) / _NUM_TIMED)
     return round(statistics.median(times[1:]), 2)
 
 

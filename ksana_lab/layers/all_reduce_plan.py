@@ -14,18 +14,19 @@ PROGRAMS = 64  # most in a launch; each has its places in memory whether it runs
 TILE = 4096  # elements that 512 threads move at a time: 16 bytes each at 16 bits
 LL_TILE = 1024  # words of 32 bits, all that a program of ll takes
 NUM_FLAG_SETS = 3  # the meeting of one_shot, the two of two_shot
+FLAG_BYTES = 128  # a program's flags, in a cache line that nobody else looks at: looks at one line starve the writes that it waits for
 WORLD_SIZES = (2, 4, 8)  # flags are looked at as a vector, whose size is a power of two
 ALIGNMENT = 16  # elements; a message of any other length is NCCL's
 
 _LL_LARGEST = PROGRAMS * LL_TILE * 4
 _SMALLEST = 8 << 10
-_LARGEST = 16 << 20
+_LARGEST = 64 << 20
 _ONE_SHOT_LARGEST = {2: 16 << 20, 4: 4 << 20, 8: 2 << 20}  # each rank sends world - 1 times the message
 _MIN_REGION = 4 * TILE  # bytes; a launch of few programs gives each at most a tile
 
 
 def ladder(max_bytes: int) -> list[int]:
-    """Sizes to measure: powers of two from 8 KiB to 16 MiB, up to the first that holds the largest message."""
+    """Sizes to measure: powers of two from 8 KiB to 64 MiB, up to the first that holds the largest message."""
     sizes = [_SMALLEST]
     while sizes[-1] < min(max_bytes, _LARGEST):
         sizes.append(2 * sizes[-1])
@@ -34,7 +35,8 @@ def ladder(max_bytes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Areas:
-    """Offsets and sizes in bytes, the same in every rank's memory. Flags [NUM_FLAG_SETS, PROGRAMS, world] int32 come first."""
+    """Offsets and sizes in bytes, the same in every rank's memory. Flags [NUM_FLAG_SETS, PROGRAMS] of FLAG_BYTES, world int32
+    each, come first."""
 
     world: int
     ll_limit: int  # largest message
@@ -61,7 +63,7 @@ class Areas:
 
     @property
     def ll_area(self) -> int:
-        return _round_up(NUM_FLAG_SETS * PROGRAMS * self.world * 4, 4096)
+        return _round_up(NUM_FLAG_SETS * PROGRAMS * FLAG_BYTES, 4096)
 
     @property
     def one_shot_area(self) -> int:

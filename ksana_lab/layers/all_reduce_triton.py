@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ksana_lab.layers import all_reduce_plan as plan
 
 PROGRAMS = tl.constexpr(plan.PROGRAMS)
+FLAG_WORDS = tl.constexpr(plan.FLAG_BYTES // 4)
 _LOOKS_PER_WORD = tl.constexpr(1024)  # flags are looked at in L2, the word across the host's bus
 
 
@@ -37,7 +38,7 @@ def _meet(table, which, program, epoch, most_looks, RANK: tl.constexpr, WORLD: t
     """What this program wrote before is seen by its fellows on all ranks after it, and the other way round."""
     tl.debug_barrier()  # all threads have written before one of them says so (release)
     rank = tl.arange(0, WORLD)
-    cell = (which * PROGRAMS + program) * WORLD
+    cell = (which * PROGRAMS + program) * FLAG_WORDS
     theirs = tl.cast(tl.load(table + rank), tl.pointer_type(tl.int32)) + (cell + RANK)
     tl.atomic_xchg(theirs, tl.zeros([WORLD], tl.int32) + epoch, sem="release", scope="sys")
     mine = tl.cast(tl.load(table + RANK), tl.pointer_type(tl.int32)) + (cell + rank)

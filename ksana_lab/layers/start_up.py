@@ -1,7 +1,7 @@
 """Before the first request on a Hopper GPU: dependent launch, and own kernels for the products of few rows, where both prove themselves.
 
 ``few_rows.choose`` says which kernel was measured to be best for a shape. Here each is run on the model's own weights: it must give what
-cuBLAS gives, twice the same, and as fast as cuBLAS in a captured chain over all layers, each product behind a norm as in a decode step
+cuBLAS gives, twice the same, and not clearly slower in a captured chain over all layers, each product behind a norm as in a decode step
 (alone, the kernels that start early look slow). cuBLAS stays where a kernel fails, and where it is clearly slower; small differences do
 not count, so that two nodes, or two starts of one, do not come to different kernels by chance. Ranks agree: right on all of them, fast
 on rank 0."""
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -22,12 +21,13 @@ from ksana_lab.layers import few_rows, fused
 from ksana_lab.layers.embedding import VocabHead
 from ksana_lab.layers.few_rows import PLAIN, ROW_CLASSES, SILU_MUL, Chosen, StreamConfig, TileConfig
 from ksana_lab.layers.linear import GateUpLinear, QKVLinear, RowLinear
+from ksana_lab.layers.replay import capture, replay_us
 from ksana_lab.layers.tp import TPGroup
 
 log = logging.getLogger(__name__)
 
 _MAX_ERROR = 0.01  # norm of the difference over norm of cuBLAS' result; rounding to bfloat16 makes 0.003
-_MAX_SLOWER = 1.03  # times cuBLAS' time
+_MAX_SLOWER = 1.15  # times cuBLAS' time: far from what chance does, for another kernel means other roundings
 _MIN_LAUNCHES = 8
 _REPLAYS = 7
 
@@ -157,11 +157,12 @@ def _judge(product: Product, rows: int) -> Verdict:
     try:
         eager = chain(ours)
         wanted = chain(cublas)
-        ours_us, outputs = _replay_us(lambda: chain(ours))
+        (ours_graph, outputs), (cublas_graph, _) = capture(lambda: chain(ours)), capture(lambda: chain(cublas))
+        # In turn, and the best of each: what else the GPU does meanwhile is nobody's merit.
+        times = [(replay_us(ours_graph), replay_us(cublas_graph)) for _ in range(_REPLAYS + 1)]
+        ours_us, cublas_us = (min(column) / len(weights) for column in zip(*times[1:], strict=True))
         is_right = all(map(torch.equal, outputs, eager)) and all(map(_is_close, eager, wanted))
-        if not is_right:
-            return Verdict(False)
-        return Verdict(True, ours_us / len(weights), _replay_us(lambda: chain(cublas))[0] / len(weights))
+        return Verdict(is_right, ours_us, cublas_us)
     except Exception as error:  # a kernel that does not compile must not keep the node from starting
         log.warning("%s, %d rows: the own kernel does not run here: %s: %s", product.name, rows, type(error).__name__, error)
         return Verdict(False)
@@ -170,23 +171,6 @@ def _judge(product: Product, rows: int) -> Verdict:
 def _is_close(ours: Tensor, reference: Tensor) -> bool:
     error = (ours.float() - reference.float()).norm() / reference.float().norm()
     return bool(error < _MAX_ERROR)  # False for NaN, too
-
-
-def _replay_us(run: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
-    """Median microseconds of ``run`` captured and replayed, and what the last replay wrote."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    times = []
-    for _ in range(_REPLAYS + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[1:]), [output.clone() for output in outputs]
 
 
 def _launches_depend_rightly() -> bool:
@@ -213,7 +197,9 @@ def _launches_depend_rightly() -> bool:
     try:
         wanted = [output.clone() for output in chain(False)]
         chain(True)
-        return all(map(torch.equal, _replay_us(lambda: chain(True))[1], wanted))
+        graph, outputs = capture(lambda: chain(True))
+        graph.replay()
+        return all(map(torch.equal, outputs, wanted))
     except Exception as error:
         log.warning("dependent launch does not work here: %s: %s", type(error).__name__, error)
         return False

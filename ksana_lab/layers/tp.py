@@ -6,7 +6,9 @@ Every wait is bounded by the ``timeout_s`` given at connection."""
 from __future__ import annotations
 
 import datetime
+import logging
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,9 @@ from torch import Tensor
 from ksana_lab.errors import KsanaLabError
 from ksana_lab.layers.all_reduce import AllReduceBySize, connect
 
+log = logging.getLogger(__name__)
+
+_ABORT_TIMEOUT_S = 5.0
 _LOOK_S = 0.02  # between two looks for ranks that are not there yet
 
 
@@ -32,6 +37,7 @@ class TPGroup:
         is_nccl = process_group is not None and process_group.name() == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
         self.by_size: AllReduceBySize | None = None
+        self._aborting: threading.Thread | None = None
 
     def __repr__(self) -> str:
         return f"TPGroup(rank={self.rank}, size={self.size})"
@@ -122,16 +128,24 @@ class TPGroup:
             self.process_group.barrier().wait()
 
     def abort(self) -> None:
-        """Leave, from any thread. Operations under way, here and on other ranks, fail at once instead of waiting for their time-out."""
+        """Leave, from any thread; does not wait. Operations under way, here and on other ranks, fail at once instead of waiting for their
+        time-out."""
         if self.by_size is not None:
             self.by_size.memory.abort()
         group, self.process_group = self.process_group, None
         if group is not None and group.name() == "nccl":
-            group.abort()
+            # NCCL first lets its kernels go and then waits until no captured graph holds the communicator any more.
+            self._aborting = threading.Thread(target=group.abort, name="nccl-abort", daemon=True)
+            self._aborting.start()
 
     def close(self) -> None:
-        """``abort``, and let go of the other ranks' memory. Own memory goes with this object, after the other ranks have ended."""
+        """``abort``, and let go of the other ranks' memory. Graphs that captured this group's operations are gone before. Own memory goes
+        with this object, after the other ranks have ended."""
         self.abort()
+        if self._aborting is not None:
+            self._aborting.join(_ABORT_TIMEOUT_S)
+            if self._aborting.is_alive():
+                log.warning("rank %d: NCCL did not let go of its communicator within %g s", self.rank, _ABORT_TIMEOUT_S)
         if self.by_size is not None:
             self.by_size.memory.close()
 

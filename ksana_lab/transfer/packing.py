@@ -170,7 +170,8 @@ def quantise(cache: torch.Tensor, form: Form, sources: np.ndarray, target: torch
     found = _pages(cache, form.layout)[_page_index(form, sources, groups, cache.device), form.first : form.last]
     values = found.to(torch.float32).view(num, groups, size)  # a copy
     low, high = values.aminmax(dim=-1)
-    scales = torch.maximum(-low, high).div_(LARGEST).clamp_min_(_SMALLEST_SCALE)
+    largest = torch.full_like(high, LARGEST)  # on CUDA, torch divides by a number by multiplying: a last bit off
+    scales = torch.maximum(-low, high).div_(largest).clamp_min_(_SMALLEST_SCALE)
     packed = values.div_(scales[..., None]).clamp_(-LARGEST, LARGEST).to(FP8)
     header, end = form.header_bytes, form.header_bytes + groups * size
     target[:, : 4 * groups] = scales.view(torch.uint8).view(num, 4 * groups)

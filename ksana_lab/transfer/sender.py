@@ -7,6 +7,7 @@ while bytes move."""
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -139,6 +140,7 @@ class Sender:
         self._helpers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that run are kept by threading itself
         self._helpers_lock = threading.Lock()
         self._steps: dict[int, Step] = {}
+        self._stride = layout.num_layers  # read without the lock: who reads an old one is woken too often, or with the step's end
         self._next_step = 0
         self._next_token = 0
         self._is_closed = False
@@ -155,9 +157,10 @@ class Sender:
         is_cuda = cache.device.type == "cuda"
         self._tracker = LayerTracker(
             layout.num_layers,
-            self._on_layer,
+            self._on_layers,
             make_event=(lambda: torch.cuda.Event(enable_timing=True, blocking=True)) if is_cuda else None,
             on_posted=self._on_posted if is_cuda and any(backend.name == "cuda_ipc" for backend in backends) else None,
+            is_awaited=lambda layer: (layer + 1) % self._stride == 0,
         )
 
     # ---- the model's thread ------------------------------------------------------------------------------------------
@@ -180,24 +183,29 @@ class Sender:
         self._tracker.layer_done(layer)
 
     def _on_posted(self, number: int, layer: int, event: object) -> None:
-        with self._lock:
-            self._steps[number].events.append(event)
-            if (
-                any(out.is_early and (layer + 1) % out.group == 0 for out in self._outgoing.values())
-                or layer + 1 == self._layout.num_layers
-            ):
-                self._wake_senders()
+        """Without the lock, most times: it is called for every layer while the device waits for the host."""
+        step = self._steps[number]  # it stays until all its layers are done
+        step.events.append(event)
+        if (layer + 1) % self._stride == 0 or step.is_posted:
+            with self._lock:
+                if step.is_posted or any(out.is_early for out in self._outgoing.values()):
+                    self._wake_senders()
 
-    def _on_layer(self, number: int, layer: int) -> None:
-        now_ns = time.monotonic_ns()
+    def _on_layers(self, number: int, ready_ns: list[int]) -> None:
         with self._lock:
             step = self._steps[number]
-            step.ready_ns.append(now_ns)
+            step.ready_ns += ready_ns
             if step.is_done:
                 del self._steps[number]
                 self._learn(step)
-                self._report_sent([out for out in self._outgoing.values() if out.chunks and out.chunks[-1].step is step], now_ns)
-            self._wake_senders()
+                self._report_sent([out for out in self._outgoing.values() if out.chunks and out.chunks[-1].step is step], ready_ns[-1])
+            if step.is_done or step.num_ready % self._stride == 0:
+                self._wake_senders()
+
+    def _set_stride(self) -> None:
+        """Pieces end at multiples of it, whoever's they are, or with a step. Under the lock, when a prompt comes or goes."""
+        groups = (out.group for out in self._outgoing.values() if out.target is not None and out.mode == "layer")
+        self._stride = math.gcd(*groups) or self._layout.num_layers
 
     def _learn(self, step: Step) -> None:
         """How fast this node computes; a step's first layer is left out, since work before it counts there."""
@@ -272,6 +280,7 @@ class Sender:
                 and not has_emulation
                 and not (options.checksum or peer.wants_checksum or peer.is_packed)
             )
+            self._set_stride()
             self._report_sent([out], time.monotonic_ns())
             self._wake_senders()
 
@@ -285,6 +294,7 @@ class Sender:
                 if len(self._tombstones) > _MAX_TOMBSTONES:
                     self._tombstones.popitem(last=False)
             out = self._outgoing.pop(message.key, None)
+            self._set_stride()
             if out is not None:
                 out.is_dropped = True
                 if out.num_writing:
@@ -687,6 +697,7 @@ class Sender:
         for out in candidates:
             if out.is_sent and self._outgoing.get(out.key) is out:
                 del self._outgoing[out.key]
+                self._set_stride()
                 self._counters["requests_sent_ranks"] += 1
                 self._counters["exposed_s"] += max(0, now_ns - out.chunks[-1].step.ready_ns[-1]) / 1e9
                 self._report(wire.RankSent(self._rank, out.key, out.serial))

@@ -1,9 +1,14 @@
 """The engine on CUDA: steps overlap, memory is measured, ranks meet over NCCL. Compared are runs that do the same arithmetic."""
 
+import gc
+import os
+import signal
+
 import pytest
 import torch
 
 from ksana_lab.engine.llm import LLM
+from ksana_lab.errors import EngineDead
 from ksana_lab.models.synth import synthesize
 from ksana_lab.types import SamplingParams
 
@@ -45,6 +50,8 @@ def test_replayed_graphs_say_what_eager_steps_say(model_dir, params):
 
 @pytest.mark.gpu
 def test_the_cache_takes_what_is_left_and_a_step_still_fits(model_dir):
+    gc.collect()
+    torch.cuda.empty_cache()  # of models of earlier tests
     free, total = torch.cuda.mem_get_info()
     with LLM(model_dir, max_num_batched_tokens=16384, max_num_seqs=256, reserved_memory_ratio=0.1) as llm:
         cache = llm.engine.status().num_blocks * llm._engine._executor.layout.block_bytes
@@ -62,3 +69,13 @@ def test_two_ranks_agree_with_one(model_dir):
             outputs(llm, GREEDY)
     errors = [abs(one.logprob - two.logprob) for one, two in zip(*best, strict=True) if one.token_id == two.token_id]
     assert len(errors) >= len(PROMPTS) // 2 and max(errors) < 0.5
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(100)  # it may not hang: graphs hold the communicator, kernels wait for the rank that is gone
+def test_a_rank_that_is_killed_ends_the_engine(model_dir):
+    with LLM(model_dir, num_blocks=2000, tensor_parallel_size=2) as llm:
+        outputs(llm, GREEDY)
+        os.kill(llm.engine._executor._children[0].pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="rank 1"):
+            outputs(llm, GREEDY)

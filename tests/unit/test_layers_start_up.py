@@ -76,7 +76,7 @@ def test_products_are_grouped_by_shape_and_fp8_and_biases_are_left_out():
 
 
 def test_ranks_agree_on_what_is_right_on_all_and_fast_on_the_first():
-    first = {"a": {1: Verdict(True, 10, 12), 8: Verdict(True, 12.2, 12), 16: Verdict(True, 13, 12), 32: Verdict(True, 9, 12)}}
+    first = {"a": {1: Verdict(True, 10, 12), 8: Verdict(True, 13, 12), 16: Verdict(True, 15, 12), 32: Verdict(True, 9, 12)}}
     second = {"a": {1: Verdict(True, 99, 1), 8: Verdict(True), 16: Verdict(True), 32: Verdict(False)}}
     assert start_up.agree([first, second]) == {"a": [1, 8]}
     assert start_up._decode(start_up._encode(first)) == first

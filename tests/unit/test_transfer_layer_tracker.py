@@ -27,13 +27,17 @@ class FakeEvent:
     def synchronize(self) -> None:
         assert self.is_done.wait(10)
 
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.is_done.is_set() and end.is_done.is_set()
+        return float(FakeEvent.made.index(end) - FakeEvent.made.index(self))
+
 
 @pytest.fixture
 def on_device():
     FakeEvent.made = []
     seen: list[tuple[int, int]] = []
     arrived = threading.Semaphore(0)
-    tracker = LayerTracker(2, lambda step, layer: (seen.append((step, layer)), arrived.release()), FakeEvent)
+    tracker = LayerTracker(2, lambda step, ready_ns: (seen.append((step, len(ready_ns))), arrived.release()), FakeEvent)
     yield tracker, seen, arrived
     for event in FakeEvent.made:
         event.is_done.set()
@@ -42,20 +46,20 @@ def on_device():
 
 def test_on_the_cpu_a_layer_is_done_when_the_model_says_so():
     seen = []
-    tracker = LayerTracker(2, lambda step, layer: seen.append((step, layer)))
+    tracker = LayerTracker(2, lambda step, ready_ns: seen.append((step, len(ready_ns))))
     tracker.begin_step(7)
     tracker.layer_done(0)
-    assert seen == [(7, 0)]
+    assert seen == [(7, 1)]
 
 
 def test_steps_nobody_wants_to_know_of_are_not_reported():
-    tracker = LayerTracker(2, lambda step, layer: pytest.fail("reported"))
+    tracker = LayerTracker(2, lambda step, ready_ns: pytest.fail("reported"))
     tracker.begin_step(None)
     tracker.layer_done(0)
 
 
 def test_a_model_that_forgets_a_layer_is_told():
-    tracker = LayerTracker(2, lambda step, layer: None)
+    tracker = LayerTracker(2, lambda step, ready_ns: None)
     tracker.begin_step(0)
     tracker.layer_done(0)
     with pytest.raises(TransferError, match="1 of 2 layers"):
@@ -79,10 +83,28 @@ def test_layers_of_several_steps_come_in_order_each_when_it_is_done(on_device):
             tracker.layer_done(layer)
     FakeEvent.made[0].is_done.set()
     FakeEvent.made[2].is_done.set()  # later ones may be done; they wait their turn
-    assert arrived.acquire(timeout=10) and seen == [(0, 0)]
+    assert arrived.acquire(timeout=10) and seen == [(0, 1)]
     FakeEvent.made[1].is_done.set()
     assert arrived.acquire(timeout=10) and arrived.acquire(timeout=10)
-    assert seen == [(0, 0), (0, 1), (1, 0)]
+    assert seen == [(0, 1), (0, 1), (1, 1)]
+
+
+def test_layers_nobody_waits_for_come_with_the_next_that_somebody_does():
+    FakeEvent.made, seen, arrived = [], [], threading.Event()
+    tracker = LayerTracker(4, lambda step, ready_ns: (seen.append(ready_ns), arrived.set()), FakeEvent, is_awaited=lambda layer: layer == 2)
+    tracker.begin_step(0)
+    for layer in range(3):
+        tracker.layer_done(layer)
+    assert not seen
+    for event in FakeEvent.made:
+        event.is_done.set()
+    assert arrived.wait(10)
+    assert [seen[0][2] - at for at in seen[0]] == [2_000_000, 1_000_000, 0]  # as the device's clock has it
+    arrived.clear()
+    tracker.layer_done(3)  # the last, awaited or not
+    FakeEvent.made[-1].is_done.set()
+    assert arrived.wait(10) and len(seen[1]) == 1
+    tracker.close()
 
 
 def test_events_are_used_again(on_device):
