@@ -182,10 +182,11 @@ class Engine:
         if out.scheduled:
             self._num_steps += 1
             if self._recorder.enabled:
+                seqs = [[item.seq.seq_id, item.start, item.num_tokens] for item in out.scheduled]
+                lengths = [length for _, _, length in seqs]
                 self._recorder.span(
                     "step", "step", start_ns, now_ns,
-                    step=out.step_id, num_tokens=out.num_tokens, num_seqs=len(out.scheduled), num_decodes=out.num_decodes,
-                    seqs=[[item.seq.seq_id, item.start, item.num_tokens] for item in out.scheduled],
+                    step=out.step_id, num_tokens=sum(lengths), num_seqs=len(seqs), num_decodes=lengths.count(1), seqs=seqs,
                 )  # fmt: skip
                 self._recorder.counter("blocks", "step", free=self.scheduler.blocks.num_free, held=len(self.scheduler.held))
 

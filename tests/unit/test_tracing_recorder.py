@@ -1,13 +1,16 @@
 """The recorder: off by default, bounded, counted, never waiting."""
 
 import importlib.metadata
+import os
 import sys
 import threading
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
+from ksana_lab.tracing import recorder as recorder_module
 from ksana_lab.tracing.events import read_logs
 from ksana_lab.tracing.nvtx import NvtxRecorder, annotate, domain_for
 from ksana_lab.tracing.recorder import NullRecorder, Recorder, open_recorder
@@ -55,6 +58,47 @@ def test_an_argument_that_is_no_json_costs_one_event_only(tmp_path):
     recorder.close()
     (log,) = read_logs(tmp_path)
     assert [e["name"] for e in log.events] == ["good"] and log.dropped == 1
+
+
+def test_numbers_of_numpy_are_numbers_in_the_log(tmp_path):
+    recorder = Recorder(tmp_path, "x")
+    recorder.instant("copied", "step", bytes=np.int64(7), ends=np.arange(3), share=np.float32(0.5), whole=np.bool_(True))
+    recorder.close()
+    (log,) = read_logs(tmp_path)
+    assert log.events[0]["args"] == {"bytes": 7, "ends": [0, 1, 2], "share": 0.5, "whole": True} and log.dropped == 0
+
+
+def test_what_a_full_disk_takes_half_of_is_dropped_and_leaves_no_torn_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(recorder_module, "_WRITE_EVERY_S", 60.0)
+    recorder = Recorder(tmp_path, "x")
+    recorder.instant("lost", "step", i=1)
+    file, recorder._file = recorder._file, FullDisk(recorder._file)
+    recorder._drain()
+    recorder._file = file
+    recorder.instant("kept", "step", i=2)
+    recorder.close()
+    (log,) = read_logs(tmp_path)
+    assert [e["name"] for e in log.events] == ["kept"] and log.num_malformed == 0
+    assert (log.written, log.dropped) == (1, 1) and "No space left" in caplog.text
+
+
+class FullDisk:
+    """A file on a disk that has room for ten more bytes."""
+
+    def __init__(self, file):
+        self.write, self.tell, self.truncate = lambda data: file.write(data[:10]), file.tell, file.truncate
+
+
+def test_a_thread_that_records_is_named_in_what_it_records(tmp_path):
+    recorder = Recorder(tmp_path, "x")
+    thread = threading.Thread(target=lambda: recorder.span("a", "step", 5, 8, step=1))
+    thread.start()
+    thread.join()
+    recorder.counter("b", "step", free=3)
+    recorder.close()
+    a, b = read_logs(tmp_path)[0].events
+    assert (a["ts"], a["dur"], a["ph"], a["pid"], a["tid"]) == (5, 3, "X", os.getpid(), thread.native_id)
+    assert (b["ph"], b["tid"], b["args"]) == ("C", threading.get_native_id(), {"free": 3}) and "dur" not in b
 
 
 class FakeNvtx:
