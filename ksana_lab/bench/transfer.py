@@ -182,7 +182,7 @@ def _measure_one(
             lists[first, last] = copies(layout, layout, slices, here, there, first, last, layers)
         writes.append((lists[first, last], layout.cell_offset(0, layer)))
     row = Row("link", name, mode, tokens, nbytes=tokens * layout.token_bytes, descriptors=sum(len(runs) for runs, _ in writes))
-    is_behind = cache.is_cuda and mode == "layer"  # as behind a prefill: few SMs
+    is_behind = link.is_device_ordered and mode == "layer"  # as beside a prefill
     post, wire, total = [], [], []
     for i in range(2 * rounds + 2 if is_behind else rounds + 2):
         fresh = {id(runs): runs.copy() for runs, _ in writes}  # every prompt has blocks of its own, whose list is uploaded once
@@ -212,7 +212,7 @@ def _measure_one(
             total.append(time.perf_counter() - begin)
             post.append(posted)
         if is_held or not is_behind:
-            wire.append(sum(t.wire_s for t in tickets if isinstance(t, DeviceTicket)) or total[-1])
+            wire.append(sum(t.wire_s for t in tickets if isinstance(t, DeviceTicket)) or time.perf_counter() - begin)
     row.post_ms, row.wire_ms, row.total_ms = (1e3 * statistics.median(times) for times in (post, wire, total))
     _check_bytes(cache, peer, [shifted(runs, (offset, offset)) for runs, offset in writes])
     row.reference_ms = 1e3 * _reference_s(link, row.nbytes)

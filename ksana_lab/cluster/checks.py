@@ -8,12 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -351,23 +349,8 @@ def _reach(address: str, what: str) -> Finding:
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
-_NSYS_PLACES = (
-    "/opt/nvidia/nsight-systems*/*/bin/nsys",
-    "/opt/nvidia/nsight-systems*/bin/nsys",
-    "/usr/local/cuda*/bin/nsys",
-    "/opt/nvidia/nsight-compute/*/host/target-linux-x64/nsys",
-    "/usr/local/cuda*/nsight-compute-*/host/target-linux-x64/nsys",
-)
-
-
 def nsys(*, trial: bool = False, has_gpu: bool = False) -> Finding:
     """Nsight Systems is optional: the event log makes every figure without it; it adds GPU rows. ``trial``: also record something."""
-    if shutil.which("nsys") is None and not os.environ.get(nsight.NSYS_VARIABLE):
-        elsewhere = sorted(path for place in _NSYS_PLACES for path in glob(place))
-        if elsewhere:
-            return warn(f"nsys is not on the PATH but lies in {elsewhere[-1]}", f"export PATH={Path(elsewhere[-1]).parent}:$PATH")
-        advice = "Debian and Ubuntu: apt-get install nsight-systems (Debian: component non-free), or NVIDIA's nsight-systems package"
-        return warn("nsys (Nsight Systems) not found; only --nsys needs it", advice)
     try:
         found = nsight.find_nsys()
         version = found.version.splitlines()[-1] if found.version else ""

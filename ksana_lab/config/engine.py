@@ -80,6 +80,7 @@ class RuntimeOptions(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_ids: tuple[int, ...] = ()  # () = the first tensor_parallel_size visible GPUs
     enable_cuda_graph: bool = True
+    prefill_graph_tokens: int = Field(1024, ge=0, lt=2048)  # prompt chunks up to here are replayed, too; 0 = none
     all_reduce: Literal["by_size", "nccl"] = "by_size"  # by_size: measured at start-up, if SELECT_ALL_REDUCE_BY_SIZE is set
     few_rows_linear: bool = True  # products of a decode step by own kernels, where they prove right and fast at start-up
     num_threads: int = Field(0, ge=0)  # torch CPU threads per rank; 0 = cores / ranks on this host

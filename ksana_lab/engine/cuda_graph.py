@@ -1,15 +1,17 @@
-"""Decode steps as CUDA graphs: everything from token ids to logits and their maxima, replayed with one launch.
+"""Steps as CUDA graphs, so that the host launches a few of them and not hundreds of kernels: decode steps whole, steps of short prompts
+cut behind every layer's attention, where a layer's KV is complete and may be sent.
 
-One graph for each of a ladder of batch sizes; a step takes the next larger one, and its rows of padding have no keys and no slot. What a
-graph reads and writes is allocated here, outside any graph, and refilled before a replay. Lengths are read on the device, so a graph stays
-right for any of them. Knows nothing of sampling but the maximum."""
+One graph, or one row of them, for each of a ladder of sizes; a step takes the next larger one, and what is padded has no keys and no slot.
+What a graph reads and writes is allocated here, outside any graph, and refilled before a replay. Lengths are read on the device, so a graph
+stays right for any of them. Knows nothing of sampling but the maximum."""
 
 from __future__ import annotations
 
 import bisect
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,11 @@ from ksana_lab.layers import fused
 from ksana_lab.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
+
+MAX_PROMPTS = 8  # chunks of a step that is replayed
+# Of logits, by norm, against the same step launched kernel by kernel: other sizes round otherwise, which random weights amplify to some
+# percent; what is wrong has nothing in common.
+_MAX_ERROR = 0.3
 
 
 def ladder(max_num_seqs: int) -> list[int]:
@@ -108,3 +115,173 @@ class DecodeGraphs:
         logits = self._model.head(self._model(self._input_ids[:size], self._positions[:size], context))
         self._logits[:size].copy_(logits)
         self._tokens[:size].copy_(fused.argmax(logits))
+
+
+def prefill_ladder(max_num_tokens: int) -> list[int]:
+    """Numbers of tokens to capture: every 64 up to 512, then every 128."""
+    sizes = [*range(64, 512, 64), *range(512, 4097, 128)]
+    return [size for size in sizes if size < max_num_tokens] + [max_num_tokens]
+
+
+class PrefillGraphs:
+    """Short prompt chunks, no decodes among them. Owned by the model's thread; every rank of a group captures the same sizes in step."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        backend: AttentionBackend,
+        kv_layers: Sequence[Tensor],
+        *,
+        max_num_tokens: int,
+        max_num_blocks: int,
+    ) -> None:
+        """``max_num_tokens``: of a step; below what attention leaves to other kernels than the paged one. ``max_num_blocks``: the widest
+        block table of a sequence."""
+        device = kv_layers[0].device
+        self._model, self._backend, self._kv_layers = model, backend, kv_layers
+        self.sizes = prefill_ladder(max_num_tokens)
+        largest = self.sizes[-1]
+        self._input_ids = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._slots = torch.full((largest,), -1, dtype=torch.int64, device=device)
+        self._query_start_loc = torch.zeros(MAX_PROMPTS + 1, dtype=torch.int32, device=device)
+        self._seq_lens = torch.zeros(MAX_PROMPTS, dtype=torch.int32, device=device)
+        self._block_tables = torch.zeros(MAX_PROMPTS, max_num_blocks, dtype=torch.int32, device=device)
+        self._wanted = torch.zeros(MAX_PROMPTS, dtype=torch.int64, device=device)
+        self._logits = torch.zeros(MAX_PROMPTS, model.config.vocab_size, dtype=model.embedding.weight.dtype, device=device)
+        self._tokens = torch.zeros(MAX_PROMPTS, dtype=torch.int64, device=device)
+        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # up to the first layer's KV, up to the second's, …, the rest
+
+    def capture(self) -> None:
+        """Largest first, so that the smaller ones find its memory free again."""
+        start, pool = time.monotonic(), torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        with torch.inference_mode():
+            for size in reversed(self.sizes):
+                self._run(size)
+                torch.cuda.synchronize()
+                with torch.cuda.stream(stream):
+                    self._graphs[size] = self._capture(size, pool)
+        torch.cuda.synchronize()
+        log.info(
+            "prefill graphs for %d sizes up to %d tokens captured in %.1f s", len(self.sizes), self.sizes[-1], time.monotonic() - start
+        )
+
+    def _capture(self, size: int, pool: Any) -> list[torch.cuda.CUDAGraph]:
+        """One pool for all: they are replayed in this order, and what a later one reads is alive while it is captured."""
+        graphs: list[torch.cuda.CUDAGraph] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=pool)
+
+        def cut(layer: int) -> None:
+            graphs[-1].capture_end()
+            begin()
+
+        begin()
+        try:
+            self._run(size, cut)
+        finally:
+            graphs[-1].capture_end()
+        return graphs
+
+    def prove(self) -> bool:
+        """Whether every size gives what the same step gives kernel by kernel; the log says where not. All ranks come to the same answer,
+        as they have the same logits. Writes the cache's first blocks and clears them again."""
+        dice, worst = torch.Generator().manual_seed(0), 0.0
+        device, block_size = self._slots.device, self._kv_layers[0].shape[3]
+        with torch.inference_mode():
+            for size in self.sizes:
+                lens = [size // 3, size - 3 - size // 3]
+                starts = [0, -(-lens[0] // block_size) * block_size]  # each sequence in blocks of its own
+                num_blocks = [-(-n // block_size) for n in lens]
+                tables = torch.zeros(2, max(num_blocks), dtype=torch.int32)
+                for i, num in enumerate(num_blocks):
+                    tables[i, :num] = torch.arange(starts[i] // block_size, starts[i] // block_size + num)
+                ids = torch.randint(0, self._model.config.vocab_size, (sum(lens),), generator=dice).to(device)
+                attn = AttentionMetadata(
+                    num_decodes=0,
+                    query_start_loc=torch.tensor([0, lens[0], sum(lens)], dtype=torch.int32, device=device),
+                    seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+                    block_tables=tables.to(device),
+                    slot_mapping=torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]).to(device),
+                    query_lens=lens,
+                    context_lens=lens,
+                    max_query_len=max(lens),
+                    max_seq_len=max(lens),
+                )
+                positions = torch.cat([torch.arange(n) for n in lens]).to(device)
+                wanted = torch.tensor([lens[0] - 1, sum(lens) - 1], device=device)
+                self._fill(size, ids, positions, attn, wanted)
+                for graph in self._graphs[size]:  # first, and so it finds no keys but its own
+                    graph.replay()
+                ours = self._logits[:2].float()
+                context = ForwardContext(attn, self._kv_layers, self._backend)
+                theirs = self._model.head(self._model(ids, positions, context, wanted)).float()
+                error = ((ours - theirs).norm() / theirs.norm()).item()
+                worst = max(worst, error)
+                for layer in self._kv_layers:
+                    layer[: sum(num_blocks)].zero_()
+                if not error < _MAX_ERROR:  # NaN, too
+                    log.warning("prefill is not replayed: a graph of %d tokens is WRONG by %.0f%%", size, 100 * error)
+                    return False
+        log.info("prefill graphs are right: logits differ by %.1f%% at most from those of single kernels", 100 * worst)
+        return True
+
+    def close(self) -> None:
+        """A replay under way goes on to its end."""
+        for graphs in self._graphs.values():
+            for graph in graphs:
+                graph.reset()
+        self._graphs.clear()
+
+    def fits(self, inputs: StepInputs) -> bool:
+        return inputs.attn.num_decodes == 0 and len(inputs.seq_ids) <= MAX_PROMPTS and len(inputs.input_ids) <= self.sizes[-1]
+
+    def replay(self, inputs: StepInputs, on_layer_done: Callable[[int], None] | None) -> tuple[Tensor, Tensor]:
+        """(logits [S, vocab] in the model's dtype, their maxima's ids [S] int64) of those that sample; overwritten by the next."""
+        size = self.sizes[bisect.bisect_left(self.sizes, len(inputs.input_ids))]
+        self._fill(size, inputs.input_ids, inputs.positions, inputs.attn, inputs.logits_indices)
+        *layers, last = self._graphs[size]
+        for layer, graph in enumerate(layers):
+            graph.replay()
+            if on_layer_done is not None:
+                on_layer_done(layer)
+        last.replay()
+        num = len(inputs.sample_seq_ids)
+        return self._logits[:num], self._tokens[:num]
+
+    def _fill(self, size: int, ids: Tensor, positions: Tensor, attn: AttentionMetadata, wanted: Tensor | None) -> None:
+        num, num_seqs = len(ids), len(attn.seq_lens)
+        self._input_ids[:num].copy_(ids)
+        self._positions[:num].copy_(positions)
+        self._slots[:num].copy_(attn.slot_mapping)
+        self._slots[num:size].fill_(-1)
+        self._query_start_loc[: num_seqs + 1].copy_(attn.query_start_loc)
+        self._query_start_loc[num_seqs + 1 :].fill_(num)
+        self._seq_lens[:num_seqs].copy_(attn.seq_lens)
+        self._seq_lens[num_seqs:].zero_()
+        self._block_tables[:num_seqs, : attn.block_tables.shape[1]].copy_(attn.block_tables)
+        self._wanted.zero_()  # an index of a larger step would lie outside of this one
+        if wanted is not None:
+            self._wanted[: len(wanted)].copy_(wanted)
+
+    def _run(self, size: int, on_layer_done: Callable[[int], None] | None = None) -> None:
+        max_len = self._block_tables.shape[1] * self._kv_layers[0].shape[3]
+        attn = AttentionMetadata(
+            num_decodes=0,
+            query_start_loc=self._query_start_loc,
+            seq_lens=self._seq_lens,
+            block_tables=self._block_tables,
+            slot_mapping=self._slots[:size],
+            query_lens=[size] + [0] * (MAX_PROMPTS - 1),
+            context_lens=[max_len] * MAX_PROMPTS,  # what they really are is read on the device
+            max_query_len=size,
+            max_seq_len=max_len,
+        )
+        context = ForwardContext(attn, self._kv_layers, self._backend, on_layer_done)
+        hidden = self._model(self._input_ids[:size], self._positions[:size], context, self._wanted)
+        logits = self._model.head(hidden)
+        self._logits.copy_(logits)
+        self._tokens.copy_(fused.argmax(logits))

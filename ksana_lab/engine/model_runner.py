@@ -13,7 +13,7 @@ from torch import Tensor
 from ksana_lab.attention.base import AttentionBackend, AttentionMetadata, ForwardContext
 from ksana_lab.core.step import StepTokens
 from ksana_lab.engine.commands import StepCommand
-from ksana_lab.engine.cuda_graph import DecodeGraphs
+from ksana_lab.engine.cuda_graph import DecodeGraphs, PrefillGraphs
 from ksana_lab.engine.host_blocks import HostBlocks
 from ksana_lab.engine.input_batch import InputBatch, StepInputs
 from ksana_lab.engine.layer_timer import LayerTimer
@@ -99,6 +99,7 @@ class ModelRunner:
         self._host_blocks: HostBlocks | None = None
         self.peers_write = False  # a decode node: a prefill node writes the cache whenever it likes
         self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         self.layer_timer: LayerTimer | None = None  # only while something records
 
     def set_cache(self, kv_layers: Sequence[Tensor], connector: WorkerConnector | None, host_blocks: HostBlocks | None = None) -> None:
@@ -107,9 +108,10 @@ class ModelRunner:
 
     def close(self) -> None:
         """Let go of the graphs, which hold the communicator that they captured, and of the timer. May be called twice."""
-        if self._graphs is not None:
-            self._graphs.close()
-            self._graphs = None
+        for graphs in (self._graphs, self._prefill_graphs):
+            if graphs is not None:
+                graphs.close()
+        self._graphs = self._prefill_graphs = None
         if self.layer_timer is not None:
             self.layer_timer.close()
             self.layer_timer = None
@@ -121,6 +123,17 @@ class ModelRunner:
         )
         graphs.capture()
         self._graphs = graphs
+
+    def capture_prefill_graphs(self, max_num_tokens: int) -> None:
+        """The same of prompt chunks of up to so many tokens together, if they prove right."""
+        graphs = PrefillGraphs(
+            self.model, self.backend, self._kv_layers, max_num_tokens=max_num_tokens, max_num_blocks=self.batch.max_num_blocks
+        )
+        graphs.capture()
+        if graphs.prove():
+            self._prefill_graphs = graphs
+        else:
+            graphs.close()
 
     @torch.inference_mode()
     def execute(self, command: StepCommand) -> PendingTokens:
@@ -138,6 +151,11 @@ class ModelRunner:
         is_watched = command.transfer is not None and bool(command.transfer.sends)
         if self._graphs is not None and not is_watched and self._graphs.fits(inputs):
             sampled = self.sample_replayed(*self._graphs.replay(inputs), inputs)
+        elif self._prefill_graphs is not None and self._prefill_graphs.fits(inputs):
+            logits, greedy = self._prefill_graphs.replay(inputs, self._layer_listener(command.step_id))
+            if not inputs.sample_seq_ids:
+                return self._end_without_tokens(command)
+            sampled = self.sample_replayed(logits, greedy, inputs)
         else:
             hidden = self.forward(inputs, command.step_id)
             if not inputs.sample_seq_ids:

@@ -31,6 +31,7 @@ from ksana_lab.types import Role
 
 log = logging.getLogger(__name__)
 
+_MIN_PREFILL_GRAPH_TOKENS = 64
 _WORKSPACE_MARGIN = 1.1  # fragmentation, and kernels that allocate more at other shapes
 _MIN_WORKSPACE_BYTES = 256 << 20  # cuBLAS, NCCL, graphs
 _BY_SIZE_VARIABLE = "SELECT_ALL_REDUCE_BY_SIZE"  # its presence counts, as in the reference
@@ -112,7 +113,7 @@ class Worker:
         self.host_blocks: HostBlocks | None = None
         try:
             if _BY_SIZE_VARIABLE in os.environ and config.runtime.all_reduce == "by_size":
-                self.tp.choose_all_reduce_by_size(self._largest_message(), self.dtype)
+                self.tp.choose_all_reduce_by_size(self._largest_message(), self.dtype, self.model_config.hidden_size)
             model = load_model(
                 self.model_config, config.model.model_dir, dtype=self.dtype, device=self.device, tp=self.tp,
                 quant_method=config.model.quant_method,
@@ -183,6 +184,9 @@ class Worker:
         if self.config.runtime.few_rows_linear:  # only in graphs: step by step the host is the limit, and their launches cost it more
             choose_kernels(self.runner.model, self.tp)
         self.runner.capture_graphs()
+        most = min(self.config.runtime.prefill_graph_tokens, self.config.scheduler.max_num_batched_tokens, self.max_model_len)
+        if most >= _MIN_PREFILL_GRAPH_TOKENS and most <= self.kv_layout.num_blocks // 2 * self.kv_layout.block_size:
+            self.runner.capture_prefill_graphs(most)
 
     def _plan_attention(self) -> None:
         """Before the largest step is measured: what is chosen here decides what that step needs."""

@@ -206,12 +206,21 @@ def test_advice_on_nccl_is_for_machines_with_two_gpus():
 
 def test_a_missing_nsys_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(checks, "_NSYS_PLACES", ())
-    assert "apt-get install nsight-systems" in checks.nsys().advice
-    (tmp_path / "opt").mkdir()
-    (tmp_path / "opt" / "nsys").touch()
-    monkeypatch.setattr(checks, "_NSYS_PLACES", (str(tmp_path / "*" / "nsys"),))
-    assert f"export PATH={tmp_path / 'opt'}:$PATH" in checks.nsys().advice
+    monkeypatch.setattr(nsight, "_PLACES", ())
+    finding = checks.nsys()
+    assert finding.level == "warn" and "apt-get install nsight-systems" in finding.text
+
+
+def test_an_nsys_that_is_not_on_the_path_is_found_all_the_same(monkeypatch, tmp_path):
+    nsys = tmp_path / "opt" / "nsys"
+    (nsys.parent / "host-linux-x64").mkdir(parents=True)
+    nsys.write_text("#!/bin/sh\necho NVIDIA Nsight Systems version 1.2.3\n")
+    for path in (nsys, nsys.parent / "host-linux-x64" / "QdstrmImporter"):
+        path.touch()
+        path.chmod(0o755)
+    monkeypatch.setattr(nsight, "_PLACES", (str(tmp_path / "*" / "nsys"),))
+    monkeypatch.setattr(nsight.shutil, "which", lambda name, path=None: None)
+    assert checks.nsys().level == "ok"
 
 
 def test_an_nsys_without_its_importer_says_so(monkeypatch, tmp_path):
