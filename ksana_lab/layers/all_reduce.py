@@ -1,7 +1,8 @@
 """All-reduce chosen by the size of the message: own kernels over the GPUs' shared memory (all_reduce_triton.py), NCCL for the rest.
 
 Nothing is believed: when the ranks start they map each other's memory, compare every algorithm's sums with the expected ones to the bit,
-time it against NCCL, and agree on one table, rank 0's. Where a step fails on any rank, all stay with NCCL, and the log says why.
+time it against NCCL, and agree on one table, rank 0's. Where a step fails on any rank, all stay with NCCL, and the log says why. The
+kernel that sums few rows and normalises them at once has to prove itself in the same way against a sum and a norm behind it.
 
 The memory is a plain allocation exported with CUDA IPC (the framework's own cannot be exported under ``backend:cudaMallocAsync``, and
 torch's symmetric memory does not work there). NVLink multicast is not used."""
@@ -22,7 +23,8 @@ from torch import Tensor
 from ksana_lab import cuda_driver
 from ksana_lab.errors import KsanaLabError, TransferError
 from ksana_lab.layers import all_reduce_plan as plan
-from ksana_lab.layers.all_reduce_plan import LL, NCCL, OURS, PROGRAMS, Areas, Report, SizeTable, ladder
+from ksana_lab.layers import fused
+from ksana_lab.layers.all_reduce_plan import LL, NCCL, NORM_ROWS, OURS, PROGRAMS, Areas, Report, SizeTable, ladder
 from ksana_lab.layers.replay import capture, replay_us
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ _LOOKS_AT_START = 1 << 23  # seconds
 _LOOKS = 1 << 28  # a minute or more: NCCL's bound is two
 _NUM_CHECKED = 4  # messages back to back, so that the second comes before a slow peer has read the first
 _NUM_TIMED = 8
+_EPS = 1e-6  # of the norms that are compared
 _REPLAYS = 11  # odd, and many: a rank whose host is held up for a while holds all others up
 
 RUNNING, GAVE_UP, CLOSED = 0, 1, 2  # the word between kernels and host
@@ -49,7 +52,7 @@ class PeerMemory:
         self.rank, self.areas, self.word = rank, areas, word
         self._own, self._unmap, self._is_mapped = own, unmap, True
         self.table = torch.tensor([*addresses, word.data_ptr()], dtype=torch.int64).to(own.device)
-        self.epochs = torch.zeros(len(OURS), PROGRAMS, dtype=torch.int32, device=own.device).unbind()
+        self.epochs = torch.zeros(len(OURS) + 1, PROGRAMS, dtype=torch.int32, device=own.device).unbind()  # the last: ll_norm's
         self.pdl = own.is_cuda and torch.cuda.get_device_capability(own.device)[0] >= 9
         word.fill_(RUNNING)
 
@@ -69,9 +72,32 @@ class PeerMemory:
             for size in (self.areas.limit(algorithm) // dtype.itemsize, 2 * plan.ALIGNMENT):
                 _launch(self, algorithm, torch.empty(size, dtype=dtype, device=self._own.device), 1, is_dry=True)
 
+    def run_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, looks: int = _LOOKS) -> Tensor:
+        """residual += the sum of ``x`` over the ranks, in place; returns its norm. All of them call it with the same number of rows, in the
+        same order. ``takes_norm`` it first. ``x`` stays as it is."""
+        out = torch.empty_like(residual)
+        _launch_norm(self, x, residual, weight, out, eps, looks)
+        return out
+
+    def takes_norm(self, x: Tensor, residual: Tensor) -> bool:
+        fits = x.dim() == 2 and 0 < x.shape[0] <= PROGRAMS and x.shape[1] == self.areas.norm_width and x.element_size() == 2
+        same = residual.shape == x.shape and residual.dtype == x.dtype
+        return fits and same and x.is_contiguous() and residual.is_contiguous() and x.data_ptr() % 16 == 0
+
+    def compile_norm(self, dtype: torch.dtype) -> None:
+        """As ``compile``, for ``run_norm``; and the norm that it is compared with, which runs."""
+        x, residual, weight = torch.zeros(3, 1, self.areas.norm_width, dtype=dtype, device=self._own.device)
+        _launch_norm(self, x, residual, weight, torch.empty_like(x), _EPS, 1, is_dry=True)
+        fused.add_rms_norm(x, residual, weight[0], _EPS, self.pdl)
+
     @property
     def has_given_up(self) -> bool:
         return int(self.word[0]) == GAVE_UP
+
+    def forgive(self) -> None:
+        """Of what was given up on nothing is kept. Once no rank's kernel runs any more."""
+        if self.has_given_up:
+            self.word.fill_(RUNNING)
 
     def abort(self) -> None:
         """Kernels that wait for a peer stop waiting. From any thread; memory stays mapped, for kernels still write there."""
@@ -104,8 +130,31 @@ def _launch(memory: PeerMemory, algorithm: str, x: Tensor, looks: int, is_dry: b
         kernel[(shape.programs,)](*args, **options)
 
 
+def _launch_norm(
+    memory: PeerMemory, x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, looks: int, is_dry: bool = False
+) -> None:
+    from ksana_lab.layers import all_reduce_triton
+
+    rows, width = x.shape
+    block, num_warps = plan.norm_launch(width)
+    args = (
+        x.view(torch.int32), residual, weight, out, memory.table, memory.epochs[-1], width, width // 2, eps,
+        memory.areas.norm_area, memory.areas.norm_region // 8, looks,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "RANK": memory.rank, "WORLD": memory.areas.world, "PDL": memory.pdl, "DTYPE": all_reduce_triton.TYPES[x.dtype],
+        "BLOCK": block, "num_warps": num_warps, **({"launch_pdl": True} if memory.pdl else {}),
+    }  # fmt: skip
+    if is_dry:
+        all_reduce_triton.ll_norm.warmup(*args, grid=(rows,), **options)
+    else:
+        all_reduce_triton.ll_norm[(rows,)](*args, **options)
+
+
 class AllReduceBySize:
     """What a TPGroup asks before it turns to NCCL."""
+
+    norm_rows = 0  # up to so many rows are summed and normalised at once
 
     def __init__(self, memory: PeerMemory, report: Report, dtype: torch.dtype) -> None:
         self.memory, self.report, self._dtype = memory, report, dtype
@@ -118,6 +167,12 @@ class AllReduceBySize:
         self.memory.run(algorithm, x)
         return True
 
+    def reduce_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        """norm(residual + the sum of ``x``), the first of which takes the residual's place; None: nothing was done. Decided as above."""
+        if x.shape[0] > self.norm_rows or x.dtype != self._dtype or not self.memory.takes_norm(x, residual):
+            return None
+        return self.memory.run_norm(x, residual, weight, eps)
+
     def check(self) -> None:
         """Raises KsanaLabError when a kernel has waited in vain: everything computed since is worthless."""
         if self.memory.has_given_up:
@@ -127,9 +182,10 @@ class AllReduceBySize:
 # ---- start-up: every function here is called by all ranks together ---------------------------------------------------------------------
 
 
-def connect(tp: TPGroup, max_bytes: int, dtype: torch.dtype) -> AllReduceBySize | None:
-    """Map, check, time, agree. ``max_bytes``: the largest message there will be. None: NCCL for everything; the log has the reason."""
-    memory, reason = map_peers(tp, max_bytes)
+def connect(tp: TPGroup, max_bytes: int, dtype: torch.dtype, hidden_size: int = 0) -> AllReduceBySize | None:
+    """Map, check, time, agree. ``max_bytes``: the largest message there will be. ``hidden_size``: of rows that are normalised once they
+    are summed. None: NCCL for everything; the log has the reason."""
+    memory, reason = map_peers(tp, max_bytes, plan.norm_width(hidden_size, dtype.itemsize))
     if memory is None:
         log.info("all-reduce is not chosen by size: %s", reason)
         return None
@@ -152,16 +208,19 @@ def connect(tp: TPGroup, max_bytes: int, dtype: torch.dtype) -> AllReduceBySize 
         log.info("all-reduce of %d ranks by size: %s", tp.size, report.table.describe())
         for line in report.lines():
             log.info("all-reduce | %s", line)
-    return AllReduceBySize(memory, report, dtype)
+    by_size = AllReduceBySize(memory, report, dtype)
+    if hidden_size:
+        by_size.norm_rows = fuse_norm(tp, by_size, dtype)
+    return by_size
 
 
-def map_peers(tp: TPGroup, max_bytes: int) -> tuple[PeerMemory | None, str | None]:
+def map_peers(tp: TPGroup, max_bytes: int, norm_width: int = 0) -> tuple[PeerMemory | None, str | None]:
     """(this rank's view of all ranks' memory, None), or (None, the first reason why there is none)."""
     if tp.size not in plan.WORLD_SIZES:
         return None, f"{tp.size} ranks; the kernels are for {', '.join(map(str, plan.WORLD_SIZES))}"
     if tp.device.type != "cuda":
         return None, "the ranks are not on GPUs"
-    device, areas = tp.device.index or 0, Areas.of(tp.size, max_bytes)
+    device, areas = tp.device.index or 0, Areas.of(tp.size, max_bytes, norm_width)
     own: list[Tensor] = []
     offer = {"host": _host(), "pid": os.getpid(), "gpu": _uuid(device), "handle": "", "error": None}
 
@@ -257,6 +316,73 @@ def is_right(tp: TPGroup, memory: PeerMemory, name: str, size: int, dtype: torch
     return good
 
 
+def fuse_norm(tp: TPGroup, by_size: AllReduceBySize, dtype: torch.dtype) -> int:
+    """Rows up to which one kernel sums and normalises, the same on every rank. 0: none; the log has the reason."""
+    memory = by_size.memory
+    found: list[dict[int, tuple[float, float]]] = []
+    reason = None if memory.areas.norm_width else "there is a kernel for 16 bits and few widths only"
+    reason = reason or _agree(tp, _complaint(lambda: memory.compile_norm(dtype)))
+    reason = reason or _agree(tp, _complaint(lambda: found.append(measure_norm(tp, by_size, dtype))))
+    reason = reason or _agree(tp, "a wait was in vain" if memory.has_given_up else None)
+    if reason is not None:
+        memory.forgive()
+        log.info("all-reduce and norm stay apart: %s", reason)
+        return 0
+    if tp.rank == 0:
+        for line in plan.describe_norm(found[0]):
+            log.info("all-reduce + norm | %s", line)
+    return plan.fused_rows(found[0])
+
+
+def measure_norm(tp: TPGroup, by_size: AllReduceBySize, dtype: torch.dtype) -> dict[int, tuple[float, float]]:
+    """Rows -> microseconds (fused, apart), rank 0's. Raises KsanaLabError on all ranks when a result was wrong on one."""
+    memory = by_size.memory
+    bad = [rows for rows in NORM_ROWS if not is_norm_right(tp, memory, rows, dtype) or memory.has_given_up]
+    wrong = sorted({rows for message in tp.exchange(json.dumps(bad).encode()) for rows in json.loads(message)})
+    if wrong:
+        raise KsanaLabError(f"its results are WRONG at {', '.join(map(str, wrong))} rows")
+    times = {}
+    for rows in NORM_ROWS:
+        x, residual, weight = _rows_to_norm(tp, memory, rows, dtype, seed=rows)
+
+        def at_once(x: Tensor, residual: Tensor = residual, weight: Tensor = weight) -> None:
+            memory.run_norm(x, residual, weight, _EPS, _LOOKS_AT_START)
+
+        def apart(x: Tensor, residual: Tensor = residual, weight: Tensor = weight) -> None:
+            if not by_size.reduce(x):
+                tp.all_reduce_nccl(x)
+            fused.add_rms_norm(x, residual, weight, _EPS, memory.pdl)
+
+        times[rows] = (_median_us(at_once, x), _median_us(apart, x))
+    agreed = json.loads(tp.exchange(json.dumps(list(times.items())).encode())[0])
+    return {rows: (fused_us, apart_us) for rows, (fused_us, apart_us) in agreed}
+
+
+def is_norm_right(tp: TPGroup, memory: PeerMemory, rows: int, dtype: torch.dtype) -> bool:
+    """As ``is_right``, against the norm of the sum in rank order."""
+    inputs = [_rows_to_norm(tp, memory, rows, dtype, seed=1000 * i) for i in range(_NUM_CHECKED)]
+    expected = []
+    for x, before, weight in inputs:
+        after = before.clone()
+        expected += [fused.add_rms_norm(sum_in_rank_order(tp.gather(x)), after, weight, _EPS, memory.pdl), after]
+
+    def run() -> list[Tensor]:
+        residuals = [before.clone() for _, before, _ in inputs]
+        outputs = []
+        for (x, _, weight), residual in zip(inputs, residuals, strict=True):
+            outputs += [memory.run_norm(x, residual, weight, _EPS, _LOOKS_AT_START), residual]
+        return outputs
+
+    good = all(map(torch.equal, run(), expected))
+    graph, outputs = capture(run)
+    for _ in range(2):
+        for out in outputs:
+            out.fill_(float("nan"))
+        graph.replay()
+        good = good and all(map(torch.equal, outputs, expected))
+    return good
+
+
 def sum_in_rank_order(gathered: Tensor) -> Tensor:
     """[ranks, …] -> […]: added in float32, rounded once, as the kernels do."""
     total = torch.zeros_like(gathered[0], dtype=torch.float32)
@@ -306,6 +432,14 @@ def _median_us(reduce: Callable[[Tensor], object], source: Tensor) -> float:
 def _random(num_bytes: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(num_bytes // dtype.itemsize, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def _rows_to_norm(tp: TPGroup, memory: PeerMemory, rows: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(this rank's term [rows, width], residual [rows, width], weight [width]), the last two the same on every rank."""
+    width = memory.areas.norm_width
+    num_bytes = width * dtype.itemsize
+    x = _random(rows * num_bytes, dtype, tp.device, seed + 1 + tp.rank).view(rows, width)
+    return x, _random(rows * num_bytes, dtype, tp.device, seed + 101).view(rows, width), _random(num_bytes, dtype, tp.device, seed + 102)
 
 
 def _host() -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 NCCL, LL, ONE_SHOT, TWO_SHOT = "nccl", "ll", "one_shot", "two_shot"
 OURS = (LL, ONE_SHOT, TWO_SHOT)
+NORM_ROWS = (1, 8, 32, 64)  # at which the sum that normalises (ll_norm) is compared with a sum and a norm behind it
 
 PROGRAMS = 64  # most in a launch; each has its places in memory whether it runs or not
 TILE = 4096  # elements that 512 threads move at a time: 16 bytes each at 16 bits
@@ -17,6 +18,7 @@ NUM_FLAG_SETS = 3  # the meeting of one_shot, the two of two_shot
 FLAG_BYTES = 128  # a program's flags, in a cache line that nobody else looks at: looks at one line starve the writes that it waits for
 WORLD_SIZES = (2, 4, 8)  # flags are looked at as a vector, whose size is a power of two
 ALIGNMENT = 16  # elements; a message of any other length is NCCL's
+_WIDEST_NORM = 8192  # numbers in a row, which one program of ll_norm holds whole
 
 _LL_LARGEST = PROGRAMS * LL_TILE * 4
 _SMALLEST = 8 << 10
@@ -42,11 +44,12 @@ class Areas:
     ll_limit: int  # largest message
     one_shot_limit: int
     two_shot_limit: int
+    norm_width: int = 0  # numbers of 16 bits in a row of ll_norm; 0: it does not run
 
     @classmethod
-    def of(cls, world: int, max_bytes: int) -> Areas:
+    def of(cls, world: int, max_bytes: int, norm_width: int = 0) -> Areas:
         limit = ladder(max_bytes)[-1]
-        return cls(world, min(limit, _LL_LARGEST), min(limit, _ONE_SHOT_LARGEST[world]), limit)
+        return cls(world, min(limit, _LL_LARGEST), min(limit, _ONE_SHOT_LARGEST[world]), limit, norm_width)
 
     @property
     def ll_region(self) -> int:
@@ -62,6 +65,11 @@ class Areas:
         return max(_MIN_REGION, _round_up(-(-self.two_shot_limit // (PROGRAMS * self.world)), 256))
 
     @property
+    def norm_region(self) -> int:
+        """What one sender may put down for one row: each word with its epoch."""
+        return _round_up(8 * (self.norm_width // 2), 256)
+
+    @property
     def ll_area(self) -> int:
         return _round_up(NUM_FLAG_SETS * PROGRAMS * FLAG_BYTES, 4096)
 
@@ -74,8 +82,12 @@ class Areas:
         return self.one_shot_area + 2 * (self.world - 1) * PROGRAMS * self.one_shot_region
 
     @property
-    def nbytes(self) -> int:
+    def norm_area(self) -> int:
         return self.two_shot_area + 2 * 2 * self.world * PROGRAMS * self.two_shot_region
+
+    @property
+    def nbytes(self) -> int:
+        return self.norm_area + 2 * (self.world - 1) * PROGRAMS * self.norm_region
 
     def limit(self, algorithm: str) -> int:
         return {LL: self.ll_limit, ONE_SHOT: self.one_shot_limit, TWO_SHOT: self.two_shot_limit}[algorithm]
@@ -106,6 +118,31 @@ def launch(algorithm: str, num_elements: int, world: int) -> Launch:
     parts = programs if algorithm == ONE_SHOT else programs * world
     share = _round_up(-(-num_elements // parts), ALIGNMENT)
     return Launch(programs, share, TILE if share <= TILE else 4 * TILE, 16)
+
+
+def norm_width(hidden_size: int, itemsize: int) -> int:
+    """``hidden_size`` where ll_norm takes such rows, else 0."""
+    fits = itemsize == 2 and 0 < hidden_size <= _WIDEST_NORM and hidden_size % (2 * ALIGNMENT) == 0
+    return hidden_size if fits else 0
+
+
+def norm_launch(width: int) -> tuple[int, int]:
+    """(numbers in a tile, warps) of ll_norm. As fused_triton.add_rms_norm has them: the order in which a row is summed hangs on both."""
+    block = 1 << (width - 1).bit_length()
+    return block, min(8, max(1, block // 512))
+
+
+def fused_rows(times_us: Mapping[int, tuple[float, float]]) -> int:
+    """``times_us``: rows -> (ll_norm, sum and norm apart). The most rows at which ll_norm is faster, 0 if at none."""
+    return max((rows for rows, (fused, apart) in times_us.items() if fused < apart), default=0)
+
+
+def describe_norm(times_us: Mapping[int, tuple[float, float]]) -> list[str]:
+    limit = fused_rows(times_us)
+    return [
+        f"{rows} row{'s' * (rows > 1)}: {fused:.1f} µs fused, {apart:.1f} apart → {'fused' if rows <= limit else 'apart'}"
+        for rows, (fused, apart) in sorted(times_us.items())
+    ]
 
 
 @dataclass(frozen=True)

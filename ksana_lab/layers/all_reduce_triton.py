@@ -8,7 +8,8 @@ a place again it has met every peer in the call between, and a peer came there o
 so a replayed graph goes on where the call before stopped. Flags hold epochs and are never reset; they are compared by their difference,
 which survives 2**31 calls.
 
-Every rank adds in rank order, in float32, and rounds once: the sums are the same to the bit on all of them.
+Every rank adds in rank order, in float32, and rounds once: the sums are the same to the bit on all of them. The last kernel also adds
+the sum to the residual and normalises it.
 
 A wait is bounded: after ``most_looks`` looks, or when the word behind the table says so, a program gives up and writes 1 to that word,
 which the host reads (all_reduce.py). What it then computes is worthless."""
@@ -169,23 +170,15 @@ def _word(first, second, DTYPE: tl.constexpr):
     return word
 
 
-@triton.jit(do_not_specialize=["most_looks"])
-def ll(
-    x, table, epochs, n, chunk, area, region, most_looks,
-    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    # x [n] int32, each word two numbers of 16 bits or one of 32; a tile a program. Words travel with the epoch in one store of 8 bytes,
-    # which arrives whole (as NCCL's LL protocol has it): no fence, no flag behind. Memory: [2, WORLD - 1, PROGRAMS, region] of 8 bytes.
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    program = tl.program_id(0)
-    epoch = tl.load(epochs + program) + 1
-    at = tl.arange(0, TILE)
-    begin = program * chunk
-    live = at < tl.minimum(n - begin, chunk)
+@triton.jit
+def _sum_of_words(
+    own, at, live, table, program, epoch, area, region, most_looks, RANK: tl.constexpr, WORLD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """own int32, this rank's words (``_halves``) -> their sums over the ranks, (first, second) float32, not rounded.
+
+    Words travel with the epoch in one store of 8 bytes, which arrives whole (as NCCL's LL protocol has it): no fence, no flag behind.
+    Memory behind byte ``area``: [2 parities, WORLD - 1 senders, PROGRAMS, region] of 8 bytes."""
     parity = (epoch & 1) * (WORLD - 1)
-    own = tl.load(x + begin + at, mask=live, other=0)
     packed = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for step in tl.static_range(1, WORLD):
         memory = tl.cast(tl.load(table + (RANK + step) % WORLD) + area, tl.pointer_type(tl.int64))
@@ -193,8 +186,8 @@ def ll(
         tl.store(inbox + at, packed, mask=live)
     mine = tl.multiple_of(tl.cast(tl.load(table + RANK) + area, tl.pointer_type(tl.int64)), 16)
     word = tl.cast(tl.load(table + WORLD), tl.pointer_type(tl.int32))
-    first = tl.zeros([TILE], tl.float32)
-    second = tl.zeros([TILE], tl.float32)
+    first = tl.zeros(own.shape, tl.float32)
+    second = tl.zeros(own.shape, tl.float32)
     for rank in tl.static_range(WORLD):
         if rank == RANK:
             a, b = _halves(own, DTYPE)
@@ -215,8 +208,57 @@ def ll(
             a, b = _halves(got.to(tl.int32), DTYPE)
         first += a
         second += b
+    return first, second
+
+
+@triton.jit(do_not_specialize=["most_looks"])
+def ll(
+    x, table, epochs, n, chunk, area, region, most_looks,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # x [n] int32, each word two numbers of 16 bits or one of 32; a tile a program.
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    program = tl.program_id(0)
+    epoch = tl.load(epochs + program) + 1
+    at = tl.arange(0, TILE)
+    begin = program * chunk
+    live = at < tl.minimum(n - begin, chunk)
+    own = tl.load(x + begin + at, mask=live, other=0)
+    first, second = _sum_of_words(own, at, live, table, program, epoch, area, region, most_looks, RANK, WORLD, DTYPE)
     tl.store(x + begin + at, _word(first, second, DTYPE), mask=live)
     tl.store(epochs + program, epoch)
+
+
+@triton.jit(do_not_specialize=["most_looks"])
+def ll_norm(
+    x, residual, weight, out, table, epochs, hidden, words, eps, area, region, most_looks,
+    RANK: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # x [rows, words] int32, each word two numbers of 16 bits; residual, out [rows, hidden] of DTYPE; a row a program. As ll and then
+    # add_rms_norm of fused_triton.py would do it, to the bit: rounded where they round, its numbers in the same places of the same number
+    # of threads, on which the order of a row's sum depends.
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    live = column < hidden
+    at = tl.arange(0, BLOCK // 2)
+    live_words = at < words
+    w = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)  # a parameter: need not wait for the kernel before
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    epoch = tl.load(epochs + row) + 1
+    own = tl.load(x + row * words + at, mask=live_words, other=0)
+    before = tl.load(residual + row * hidden + column, mask=live, other=0.0).to(tl.float32)
+    first, second = _sum_of_words(own, at, live_words, table, row, epoch, area, region, most_looks, RANK, WORLD, DTYPE)
+    total = tl.interleave(first, second).to(DTYPE).to(tl.float32)
+    rounded = (total + before).to(DTYPE)
+    tl.store(residual + row * hidden + column, rounded, mask=live)
+    y = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(y * y, 0) / hidden + eps)
+    tl.store(out + row * hidden + column, (y * scale * w).to(DTYPE), mask=live)
+    tl.store(epochs + row, epoch)
 
 
 KERNELS = {plan.LL: ll, plan.ONE_SHOT: one_shot, plan.TWO_SHOT: two_shot}

@@ -1,6 +1,7 @@
 """Matrix products of a tensor-parallel decoder. Weights are [out, in] as in checkpoints; a fused layer is one GEMM over stacked rows.
 
-A column layer owns some of the outputs and needs no communication; a row layer owns some of the inputs and sums over ranks."""
+A column layer owns some of the outputs and needs no communication; a row layer owns some of the inputs, and the norm behind it sums
+over ranks."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ class GateUpLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """x [T, local_in] -> [T, out], summed over ranks."""
+    """x [T, local_in] -> [T, out], this rank's term of a sum over ranks, which is the next layer's to make (RMSNorm)."""
 
     def __init__(self, in_size: int, out_size: int, has_bias: bool, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias joins on one rank only, so that the sum holds it once.
-        return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None, self.own))
+        return linear(x, self.weight, self.bias if self.tp.rank == 0 else None, self.own)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         out_size, share = self.weight.shape

@@ -146,7 +146,7 @@ class Fp8RowLinear(_Fp8, plain.RowLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias joins on one rank only, so that the sum holds it once.
-        return self.tp.all_reduce(self._multiply(x, self.bias if self.tp.rank == 0 else None))
+        return self._multiply(x, self.bias if self.tp.rank == 0 else None)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         yield from self._narrowed(super().pieces(prefix))

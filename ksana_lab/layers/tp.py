@@ -77,17 +77,23 @@ class TPGroup:
             ) from error
         return cls(rank, size, group)
 
-    def choose_all_reduce_by_size(self, max_bytes: int, dtype: torch.dtype) -> None:
+    def choose_all_reduce_by_size(self, max_bytes: int, dtype: torch.dtype, hidden_size: int = 0) -> None:
         """Have messages of ``dtype`` take the algorithm that is fastest at their size, as measured now; all ranks together. ``max_bytes``:
-        the largest. Where there is nothing to choose from (CPUs, no NVLink, …) all stays as it is, and the log says why."""
+        the largest. ``hidden_size``: the width of rows for ``all_reduce_norm``. Where there is nothing to choose from (CPUs, no NVLink, …)
+        all stays as it is, and the log says why."""
         if self.size > 1:
-            self.by_size = connect(self, max_bytes, dtype)
+            self.by_size = connect(self, max_bytes, dtype, hidden_size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place; returns ``x``. Bitwise the same on every rank."""
         if self.size > 1 and (self.by_size is None or not self.by_size.reduce(x)):
             self.all_reduce_nccl(x)
         return x
+
+    def all_reduce_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        """Sum ``x`` [T, hidden] over ranks, add it to ``residual`` in place, and return the RMS norm of that, in one kernel and to the bit
+        as one after the other. None, on all ranks alike: it was not done, neither of them has changed."""
+        return None if self.by_size is None else self.by_size.reduce_norm(x, residual, weight, eps)
 
     def all_reduce_nccl(self, x: Tensor) -> None:
         """The same by the process group (on CPUs: gloo), whatever the size."""

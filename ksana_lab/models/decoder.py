@@ -59,16 +59,16 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, linears: Linears, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, tp)
         self.attention = Attention(config, layer, linears, tp, dtype, device)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, tp)
         self.mlp = MLP(config, linears, tp, dtype, device)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext, wanted: Tensor | slice | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The layer's output is ``x + residual``, left unsummed: the next norm adds them. ``wanted``: only these tokens' output; keys and
-        values are every token's all the same."""
+        """The layer's output is the sum of the ranks' ``x``, and ``residual``, left unsummed: the next norm adds them. The first layer's
+        input is whole, and has no residual. ``wanted``: only these tokens' output; keys and values are every token's all the same."""
         x, residual = self.attention_norm(x, residual)
         x = self.attention.mix(x, cos_sin, ctx)
         if wanted is not None:
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, tp, dtype, device)
         self.rotary = RotaryTable(_frequencies(config), config.max_position_embeddings, device)
         self.layers = nn.ModuleList(DecoderLayer(config, i, LINEARS[quant_method], tp, dtype, device) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device, tp)
         tied_to = self.embedding.weight if config.tie_word_embeddings else None
         self.head = VocabHead(config.vocab_size, config.hidden_size, tp, dtype, device, tied_to)
 

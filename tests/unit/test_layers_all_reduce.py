@@ -7,8 +7,26 @@ import torch
 
 from ksana_lab.bench import allreduce
 from ksana_lab.errors import KsanaLabError
-from ksana_lab.layers import all_reduce
-from ksana_lab.layers.all_reduce_plan import LL, NCCL, ONE_SHOT, OURS, PROGRAMS, TWO_SHOT, Areas, Report, SizeTable, fastest, ladder, launch
+from ksana_lab.layers import all_reduce, fused
+from ksana_lab.layers.all_reduce_plan import (
+    LL,
+    NCCL,
+    NORM_ROWS,
+    ONE_SHOT,
+    OURS,
+    PROGRAMS,
+    TWO_SHOT,
+    Areas,
+    Report,
+    SizeTable,
+    describe_norm,
+    fastest,
+    fused_rows,
+    ladder,
+    launch,
+    norm_launch,
+    norm_width,
+)
 from ksana_lab.layers.tp import TPGroup
 
 MIB = 1 << 20
@@ -54,6 +72,32 @@ def test_every_message_fits_its_programs_places(world, max_bytes, itemsize):
             assert shape.share <= shape.tile or algorithm != LL
         assert area % 256 == region % 256 == 0
     assert areas.ll_area < areas.one_shot_area < areas.two_shot_area < areas.nbytes < 300 * MIB
+
+
+@pytest.mark.parametrize(("world", "mib"), [(2, 2), (8, 14)])
+def test_rows_to_be_normalised_have_their_own_places_behind_the_others(world, mib):
+    plain, areas = Areas.of(world, MIB), Areas.of(world, MIB, 4096)
+    assert areas.norm_area == plain.nbytes == plain.norm_area and areas.nbytes - plain.nbytes == mib * MIB
+    assert areas.norm_region >= 8 * 4096 // 2 and areas.norm_area % 256 == areas.norm_region % 256 == 0
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "itemsize", "width"),
+    [(4096, 2, 4096), (896, 2, 896), (8192, 2, 8192), (4096, 4, 0), (8224, 2, 0), (80, 2, 0), (0, 2, 0)],
+)
+def test_rows_that_one_program_takes(hidden_size, itemsize, width):
+    assert norm_width(hidden_size, itemsize) == width
+
+
+def test_a_tile_holds_a_row_and_has_the_warps_of_the_norm_alone():
+    assert [norm_launch(width) for width in (32, 1024, 4096, 5120, 8192)] == [(32, 1), (1024, 2), (4096, 8), (8192, 8), (8192, 8)]
+
+
+def test_rows_are_fused_up_to_the_last_at_which_that_is_faster():
+    times = {1: (3.9, 6.1), 8: (4.0, 6.2), 32: (5.0, 9.0), 64: (9.0, 9.0)}
+    assert fused_rows(times) == 32 and fused_rows({1: (7.0, 6.0)}) == 0
+    lines = describe_norm(times)
+    assert lines[0] == "1 row: 3.9 µs fused, 6.1 apart → fused" and lines[3] == "64 rows: 9.0 µs fused, 9.0 apart → apart"
 
 
 def test_a_report_crosses_ranks_whole_and_names_what_was_wrong():
@@ -111,6 +155,47 @@ def test_a_wait_in_vain_is_an_error_and_leaving_is_none(by_size, memory):
     by_size.check()
 
 
+def bf16(*shape, **options):
+    return torch.zeros(*shape, dtype=torch.bfloat16, **options)
+
+
+@pytest.fixture
+def norms(by_size, monkeypatch):
+    """by_size for rows of 64, whose kernel gives its argument back."""
+    areas = Areas.of(2, 1 << 20, 64)
+    monkeypatch.setattr(by_size.memory, "areas", areas)
+    monkeypatch.setattr(by_size.memory, "run_norm", lambda x, residual, weight, eps: x)
+    by_size.norm_rows = 8
+    return by_size
+
+
+def test_few_rows_are_summed_and_normalised_at_once(norms):
+    for rows in (1, 8):
+        assert norms.reduce_norm(x := bf16(rows, 64), bf16(rows, 64), bf16(64), 1e-6) is x
+    assert norms.reduce_norm(bf16(9, 64), bf16(9, 64), bf16(64), 1e-6) is None
+    norms.norm_rows = 0
+    assert norms.reduce_norm(bf16(1, 64), bf16(1, 64), bf16(64), 1e-6) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "residual"),
+    [
+        (bf16(0, 64), bf16(0, 64)),
+        (bf16(2, 32), bf16(2, 32)),
+        (bf16(2, 64).half(), bf16(2, 64).half()),
+        (bf16(2, 64).float(), bf16(2, 64).float()),
+        (bf16(2, 64), bf16(2, 64).float()),
+        (bf16(2, 64), bf16(1, 64)),
+        (bf16(64, 2).t(), bf16(2, 64)),
+        (bf16(2, 64), bf16(64, 2).t()),
+        (bf16(129)[1:].view(2, 64), bf16(2, 64)),
+    ],
+    ids=["empty", "width", "half", "float", "residual's type", "residual's rows", "layout", "residual's layout", "not aligned"],
+)
+def test_rows_that_the_kernel_cannot_take_stay_as_they_are(norms, x, residual):
+    assert norms.reduce_norm(x, residual, bf16(64), 1e-6) is None
+
+
 @pytest.mark.parametrize(
     ("change", "why"), [({}, None), ({"host": "b"}, "different hosts"), ({"pid": 1}, "one process"), ({"gpu": "x"}, "share a GPU")]
 )
@@ -131,9 +216,9 @@ def test_the_bench_says_why_there_is_nothing_to_compare(tmp_path):
 class FakeMemory:
     """What map_peers would give; its sums go over the process group. ``faults``: (rank, algorithm) that adds wrongly."""
 
-    def __init__(self, tp: TPGroup, faults: set[tuple[int, str]]) -> None:
-        self._tp, self._faults = tp, faults
-        self.rank, self.areas, self.has_given_up, self.is_closed, self.ran = tp.rank, Areas.of(2, 32 << 10), False, False, []
+    def __init__(self, tp: TPGroup, faults: set[tuple[int, str]], width: int) -> None:
+        self._tp, self._faults, self.pdl = tp, faults, False
+        self.rank, self.areas, self.has_given_up, self.is_closed, self.ran = tp.rank, Areas.of(2, 32 << 10, width), False, False, []
 
     def compile(self, dtype):
         if (self.rank, "compile") in self._faults:
@@ -148,6 +233,24 @@ class FakeMemory:
         if (self.rank, algorithm) in self._faults:
             x[-1] += 1
 
+    def compile_norm(self, dtype):
+        if (self.rank, "compile norm") in self._faults:
+            raise ValueError("no such instruction")
+
+    def takes_norm(self, x, residual):
+        return True
+
+    def run_norm(self, x, residual, weight, eps, looks=0):
+        self.ran.append("norm")
+        total = all_reduce.sum_in_rank_order(self._tp.gather(x))
+        self.has_given_up = (self.rank, "gives up") in self._faults
+        if (self.rank, "norm") in self._faults and len(x) == 8:
+            total[-1] += 1
+        return fused.add_rms_norm(total, residual, weight, eps)
+
+    def forgive(self):
+        self.has_given_up = False
+
     def close(self):
         self.is_closed = True
 
@@ -158,22 +261,32 @@ def start_two(tmp_path, monkeypatch):
 
     class Graph:
         def __init__(self, run):
-            self.replay = run
+            self._run, self.result = run, run()
 
-    def start(faults=frozenset(), slow=()):
-        def timed(reduce, x):  # NCCL's is a method of the group, ours are closures that name their algorithm
-            name = NCCL if reduce.__name__ == "all_reduce_nccl" else reduce.__defaults__[0]
-            return {NCCL: 9.0, LL: 3.0, ONE_SHOT: 4.0, TWO_SHOT: 5.0}[name] + 100 * (name in slow)
+        def replay(self):
+            for out, again in zip(self.result or [], self._run() or [], strict=True):
+                out.copy_(again)
+
+    def capture(run):
+        graph = Graph(run)
+        return graph, graph.result
+
+    def start(faults=frozenset(), slow=(), dtype=torch.float32, hidden_size=0):
+        def timed(reduce, x):  # NCCL's is a method of the group, sums of ours are closures that name their algorithm
+            name = {"all_reduce_nccl": NCCL, "at_once": "norm", "apart": "apart"}.get(reduce.__name__) or reduce.__defaults__[0]
+            return {NCCL: 9.0, LL: 3.0, ONE_SHOT: 4.0, TWO_SHOT: 5.0, "norm": 4.0, "apart": 6.0}[name] + 100 * (name in slow)
 
         memories = {}
-        monkeypatch.setattr(all_reduce, "capture", lambda run: (Graph(run), None))
+        monkeypatch.setattr(all_reduce, "capture", capture)
         monkeypatch.setattr(all_reduce, "_median_us", timed)
-        monkeypatch.setattr(all_reduce, "map_peers", lambda tp, n: (memories.setdefault(tp.rank, FakeMemory(tp, faults)), None))
+        monkeypatch.setattr(
+            all_reduce, "map_peers", lambda tp, n, width: (memories.setdefault(tp.rank, FakeMemory(tp, faults, width)), None)
+        )
 
         def work(rank: int):
             tp = TPGroup.connect(rank, 2, f"file://{tmp_path}/meeting", timeout_s=30)
-            tp.choose_all_reduce_by_size(32 << 10, torch.float32)
-            total = tp.all_reduce(torch.full((4096,), rank + 1.0))
+            tp.choose_all_reduce_by_size(32 << 10, dtype, hidden_size)
+            total = tp.all_reduce(torch.full((4096,), rank + 1.0, dtype=dtype))
             tp.barrier()
             return tp.by_size, memories[rank], total[-1].item()
 
@@ -207,3 +320,37 @@ def test_what_is_no_use_is_closed_and_the_log_says_why(start_two, caplog, change
         for by_size, memory, total in start_two(**change):
             assert by_size is None and memory.is_closed and total == 3.0
     assert f"all-reduce is not chosen by size: {why}" in caplog.text
+
+
+NORMS = {"dtype": torch.bfloat16, "hidden_size": 64}
+
+
+def test_ranks_sum_and_normalise_at_once_where_that_is_right_and_faster(start_two, caplog):
+    with caplog.at_level("INFO"):
+        for by_size, memory, _ in start_two(**NORMS):
+            assert by_size.norm_rows == max(NORM_ROWS) == 64 and "norm" in memory.ran
+    assert caplog.text.count("all-reduce + norm | 1 row: 4.0 µs fused, 6.0 apart → fused") == 1  # rank 0 speaks for all
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"faults": {(1, "norm")}}, "rank 0: KsanaLabError: its results are WRONG at 8 rows"),
+        ({"faults": {(1, "compile norm")}}, "rank 1: ValueError: no such instruction"),
+        ({"faults": {(1, "gives up")}}, "rank 0: KsanaLabError: its results are WRONG at 1, 8, 32, 64 rows"),
+        ({"dtype": torch.float32}, "there is a kernel for 16 bits"),
+    ],
+    ids=["wrong on one rank", "does not compile", "gives up", "type"],
+)
+def test_where_it_is_no_use_sum_and_norm_stay_apart_and_the_log_says_why(start_two, caplog, change, why):
+    with caplog.at_level("INFO"):
+        for by_size, memory, total in start_two(**NORMS | change):
+            assert by_size.norm_rows == 0 and by_size.report.table.steps and total == 3.0
+            assert not memory.has_given_up and not memory.is_closed
+    assert f"all-reduce and norm stay apart: {why}" in caplog.text
+
+
+def test_sum_and_norm_at_once_are_slower_and_stay_apart(start_two, caplog):
+    with caplog.at_level("INFO"):
+        assert [by_size.norm_rows for by_size, _, _ in start_two(slow=("norm",), **NORMS)] == [0, 0]
+    assert "1 row: 104.0 µs fused, 6.0 apart → apart" in caplog.text
