@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ PLAIN, SILU_MUL = 0, 1  # y = x W^T; or silu(x G^T) * (x U^T) with W = G | U sta
 
 @dataclass(frozen=True)
 class TileConfig:
-    """layers/linear_triton.py: W in tiles of block_n rows, each cut into split_k parts along K."""
+    """layers/linear_triton.py, and linear_fp8_triton.py: W in tiles of block_n rows, each cut into split_k parts along K."""
 
     rows: int  # of x, padded
     block_n: int  # rows of W in a tile (of each half with SILU_MUL)
@@ -59,6 +59,21 @@ def choose(num_rows: int, n: int, k: int, epilogue: int, num_sms: int, has_hoppe
     return TileConfig(32, 64, 128, 4, 4) if k >= 8192 else None
 
 
+def choose_fp8(num_rows: int, n: int, k: int, epilogue: int, num_sms: int) -> TileConfig:
+    """As ``choose``, for W of 8 bits and at most 32 rows. Any n; k a multiple of 16.
+
+    Weights are widened by the warps that multiply, so an SM needs many of them: programs of four warps, three on an SM, cut along K until
+    all run at once. Wide tiles spare reads of x, which at 16 rows are half as many bytes as W's; two halves of 32 need no cut for the gate
+    of an 8B model."""
+    if epilogue == SILU_MUL:
+        config = TileConfig(16, 32, 256, 1, 4) if num_rows <= 16 else TileConfig(32, 32, 128, 1, 5)
+    else:
+        config = TileConfig(16, 64, 256, 1, 4) if num_rows <= 16 else TileConfig(32, 64, 256, 1, 3)
+    tiles, steps = -(-n // config.block_n), -(-k // config.block_k)
+    even = [parts for parts in range(1, min(steps, 16) + 1) if steps % parts == 0 and tiles * parts <= 3 * num_sms]
+    return replace(config, split_k=max(even, default=1))
+
+
 class Chosen:
     """A layer's own kernels, as start_up.py found them right and fast. ``config`` is None where cuBLAS does it."""
 
@@ -76,8 +91,9 @@ class Chosen:
 
 
 def new_counters(n: int, device: torch.device) -> Tensor:
-    """What a layer keeps for its kernels: [tiles] int32, zero between launches. Launches that share it must follow one another."""
-    return torch.zeros(-(-n // 64), dtype=torch.int32, device=device)
+    """What a layer keeps for its kernels: int32, one for each of the narrowest tiles, zero between launches. Launches that share it must
+    follow one another."""
+    return torch.zeros(-(-n // 32), dtype=torch.int32, device=device)
 
 
 def has_hopper_kernel() -> bool:

@@ -7,16 +7,19 @@ and slow. Biases, embeddings, head and norms are not touched."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.layers import linear as plain
+from ksana_lab.layers.few_rows import PLAIN, SILU_MUL, choose_fp8, new_counters
 from ksana_lab.layers.piece import Piece
 from ksana_lab.layers.tp import TPGroup
 
@@ -57,15 +60,23 @@ class Fp8Piece(Piece):
             self.scale[part].copy_(scale)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, few_rows: int = FEW_ROWS) -> Tensor:
-    """x [T, in], weight [out, in] float8_e4m3fn, scale [out] float32 -> [T, out] in x's dtype."""
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    few_rows: int = FEW_ROWS,
+    counters: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """x [T, in], weight [out, in] float8_e4m3fn, scale [out] float32 -> [T, out] in x's dtype. counters: as few_rows_linear."""
     if x.device.type == "cpu":
         return plain.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
-    from ksana_lab.layers import linear_fp8_triton
-
     if x.shape[0] <= few_rows:
-        y = linear_fp8_triton.few_rows_linear(x, weight, scale)
+        y = few_rows_linear(x, weight, scale, counters, PLAIN, pdl)
     else:
+        from ksana_lab.layers import linear_fp8_triton
+
         narrow, token_scale = linear_fp8_triton.quantize_tokens(x)
         # Scales of rows and columns together are offered for bfloat16 results only.
         y = torch._scaled_mm(
@@ -74,12 +85,27 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, fe
     return y if bias is None else y.add_(bias)
 
 
+def few_rows_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, counters: Tensor | None = None, epilogue: int = PLAIN, pdl: bool = False
+) -> Tensor:
+    """At most FEW_ROWS rows of x, on a GPU; with SILU_MUL weight is gate | up. counters: few_rows.new_counters of the result's columns,
+    for launches that follow one another (None: new ones)."""
+    from ksana_lab.layers import linear_fp8_triton
+
+    n = weight.shape[0] // (1 + epilogue)
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    config = choose_fp8(x.shape[0], n, weight.shape[1], epilogue, num_sms)
+    counters = new_counters(n, x.device) if counters is None else counters
+    return linear_fp8_triton.few_rows_linear(x, weight, scale, config, counters, epilogue, pdl)
+
+
 class _Fp8(nn.Module):
     """What the three layers below add to those of linear.py: 8-bit storage, and the scales. The bias stays as it was."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     few_rows = FEW_ROWS
+    pdl = False  # start_up.py sets it
 
     def _set_up(self, dtype: torch.dtype, device: torch.device) -> None:
         out_size, in_size = self.weight.shape
@@ -89,11 +115,12 @@ class _Fp8(nn.Module):
                 "leave quantization_config.weight.quant_method auto, or choose another tensor_para_size"
             )
         self.scale = plain.new_weight(out_size, dtype=torch.float32, device=device)
+        self._counters = new_counters(out_size, device)
         if getattr(self, "bias", None) is not None:
             self.bias = plain.new_weight(out_size, dtype=dtype, device=device)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return fp8_linear(x, self.weight, self.scale, bias, self.few_rows)
+        return fp8_linear(x, self.weight, self.scale, bias, self.few_rows, self._counters, self.pdl)
 
     def _narrowed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:
@@ -134,6 +161,11 @@ class Fp8GateUpLinear(_Fp8, plain.GateUpLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._multiply(x, None)
+
+    def activated(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.shape[0] <= self.few_rows:
+            return few_rows_linear(x, self.weight, self.scale, self._counters, SILU_MUL, self.pdl)
+        return super().activated(x)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         yield from self._narrowed(super().pieces(prefix))
@@ -181,24 +213,28 @@ def prove(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     fault = _fault(200, dtype, device, few_rows=0)
     if fault:
         raise ConfigError(f"FP8 products do not work on this GPU ({fault}); leave quantization_config.weight.quant_method auto")
-    faults = [fault for rows in (1, FEW_ROWS) if (fault := _fault(rows, dtype, device, few_rows=FEW_ROWS))]
+    cases = itertools.product((1, FEW_ROWS), (PLAIN, SILU_MUL))
+    faults = [fault for rows, epilogue in cases if (fault := _fault(rows, dtype, device, few_rows=FEW_ROWS, epilogue=epilogue))]
     if faults:
         log.warning("the FP8 kernel for few rows does not work on this GPU and is not used: %s", faults[0])
         for layer in layers:
             layer.few_rows = 0
 
 
-def _fault(num_rows: int, dtype: torch.dtype, device: torch.device, few_rows: int) -> str:
+def _fault(num_rows: int, dtype: torch.dtype, device: torch.device, few_rows: int, epilogue: int = PLAIN) -> str:
     """What is wrong with one product of random numbers; empty when it is as near as its rounding allows."""
     generator = torch.Generator(device).manual_seed(0)
     x, wide = (torch.randn(n, 768, generator=generator, device=device) for n in (num_rows, 400))
     weight, scale = quantize_rows(wide)
     x = x.to(dtype)
     try:
-        got = fp8_linear(x, weight, scale, None, few_rows).float()
+        got = few_rows_linear(x, weight, scale, None, epilogue) if epilogue else fp8_linear(x, weight, scale, None, few_rows)
     except Exception as error:  # whatever a compiler or a library raises: it is named, and the user told what to do
         return f"{type(error).__name__}: {str(error)[:200]}"
     expected = x.double() @ dequantize_rows(weight, scale, torch.float64).t()
+    if epilogue:
+        gate, up = expected.chunk(2, 1)
+        expected = F.silu(gate) * up
     difference = ((got.double() - expected).norm() / expected.norm()).item()
     # Rounding to 3 bits of mantissa: 0.026 in the mean square, of x alone; widened weights are exact.
     return "" if difference < (0.01 if num_rows <= few_rows else 0.05) else f"{num_rows} rows are off by {difference:.3g}"

@@ -1,4 +1,7 @@
-"""The Triton side of linear_fp8.py: x times 8-bit weights for few rows of x, and the quantisation of activations for many."""
+"""The Triton side of linear_fp8.py: x times 8-bit weights for few rows of x, and the quantisation of activations for many.
+
+The first is linear_triton.py's kernel (tiles, parts along K, early start) with another product in the middle: weights must be widened in
+registers, at twice as many a microsecond as 16-bit ones arrive, so that instructions for each weight decide, not bytes alone."""
 
 from __future__ import annotations
 
@@ -6,52 +9,107 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Narrow tiles, so that the smallest product of an 8B model (4,096 outputs) has a program for nearly every SM, and deep ones, so that each
-# has 64 KiB on the way. Chosen by arithmetic, not by measurement.
-_BLOCK_N = 32
-_BLOCK_K = 512
-_STAGES = 4
+from ksana_lab.layers.few_rows import PLAIN, SILU_MUL, TileConfig
+from ksana_lab.layers.linear_triton import finish, prefetch_l2
+
+_PREFETCH = 2  # tiles of W
+_MAX_REGISTERS = {4: 168, 8: 255}  # by warps: three programs of four fit into an SM's 65,536
+
+# Four e4m3 to bf16: sign and seven bits move to where bf16 has them, which is 2^-120 times the number (of subnormal ones, too); the
+# product undoes it. Triton's own conversion takes an F2F for each weight, 16 a clock and SM: fewer than memory brings. (NaN, which
+# no weight is, would become 480.)
+_WIDEN = tl.constexpr("""{
+    .reg .b32 high, low, up, none;
+    mov.b32 up, 0x7b807b80;
+    mov.b32 none, 0x80008000;
+    shr.u32 high, $2, 4;
+    and.b32 high, high, 0x07070707;
+    lop3.b32 high, $2, 0x80808080, high, 0xea;
+    shl.b32 low, $2, 4;
+    and.b32 low, low, 0xf0f0f0f0;
+    prmt.b32 $0, low, high, 0x5140;
+    prmt.b32 $1, low, high, 0x7362;
+    fma.rn.bf16x2 $0, $0, up, none;
+    fma.rn.bf16x2 $1, $1, up, none;
+}""")
+
+
+@triton.jit
+def _widen(tile, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(_WIDEN, "=&r,=&r,r", [tile], dtype=tl.bfloat16, is_pure=True, pack=4)
+    return tile.to(dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _few_rows_kernel(
-    x, w, scale, y, num_rows, n, k, stride_x, stride_y,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+    x, w, scale, y, partial, counters, num_rows, n, k, stride_x, stride_y,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, EPILOGUE: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, GROUPS: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = tl.minimum(column, n - 1)
-    inner = tl.arange(0, BLOCK_K)
-    row = tl.arange(0, ROWS)
-    live = row < num_rows
+    # n: columns of y. With SILU_MUL (EPILOGUE 1) W has 2 n rows, gate then up.
+    tile = tl.program_id(0) // SPLIT_K
+    split = tl.program_id(0) % SPLIT_K
+    steps = tl.cdiv(k, BLOCK_K)
+    first = steps * split // SPLIT_K
+    last = steps * (split + 1) // SPLIT_K
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    source = column if EVEN_N else tl.minimum(column, n - 1)
     rows_w = w + source.to(tl.int64)[:, None] * k
-    rows_x = x + row.to(tl.int64)[:, None] * stride_x
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-        at = start + inner
-        if EVEN_K:
-            tile_w = tl.load(rows_w + at[None, :])
-            tile_x = tl.load(rows_x + at[None, :], mask=live[:, None], other=0.0)
-        else:
-            tile_w = tl.load(rows_w + at[None, :], mask=(at < k)[None, :], other=0.0)
-            tile_x = tl.load(rows_x + at[None, :], mask=live[:, None] & (at < k)[None, :], other=0.0)
-        acc = tl.dot(tile_w.to(tile_x.dtype), tl.trans(tile_x), acc)  # 8 bits become 16 without loss
-    acc *= tl.load(scale + source)[:, None]
-    target = y + row.to(tl.int64)[None, :] * stride_y + column[:, None]
-    tl.store(target, acc.to(y.dtype.element_ty), mask=live[None, :] & (column < n)[:, None])
+    second = n.to(tl.int64) * k
+    if PDL:
+        gdc_launch_dependents()
+        line = first * BLOCK_K + tl.arange(0, PREFETCH * BLOCK_K // 128) * 128
+        ahead = rows_w + tl.minimum(line, k - 1)[None, :]
+        prefetch_l2(ahead.to(tl.int64, bitcast=True))
+        if EPILOGUE == 1:
+            prefetch_l2((ahead + second).to(tl.int64, bitcast=True))
+        gdc_wait()
+
+    # A batch of products, one for each warp: every weight and every x is widened and read by one warp only. (As one product its warps
+    # would share W and repeat that work, or take the asynchronous tensor core, whose layout reads 8-bit weights two at a time.)
+    inner = tl.arange(0, GROUPS)[:, None, None] * (BLOCK_K // GROUPS) + tl.arange(0, BLOCK_K // GROUPS)[None, None, :]
+    row = tl.arange(0, ROWS)
+    live = (row < num_rows)[None, :, None]
+    rows_w = rows_w[None, :, :]
+    rows_x = x + row.to(tl.int64)[None, :, None] * stride_x
+    acc = tl.zeros([GROUPS, BLOCK_N, ROWS], tl.float32)
+    acc_up = tl.zeros([GROUPS, BLOCK_N, ROWS], tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        at = step * BLOCK_K + inner
+        mask_w = None if EVEN_K else at < k
+        tile_x = tl.load(rows_x + at, mask=live if EVEN_K else live & mask_w, other=0.0)
+        turned = tl.permute(tile_x, (0, 2, 1))
+        acc = tl.dot(_widen(tl.load(rows_w + at, mask=mask_w), tile_x.dtype), turned, acc)
+        if EPILOGUE == 1:
+            acc_up = tl.dot(_widen(tl.load(rows_w + second + at, mask=mask_w), tile_x.dtype), turned, acc_up)
+    finish(
+        tl.sum(acc, 0), tl.sum(acc_up, 0), scale, y, partial, counters, tile, split, SPLIT_K, num_rows, n, stride_y,
+        ROWS=ROWS, BLOCK_N=BLOCK_N, EPILOGUE=EPILOGUE, EVEN_N=EVEN_N,
+    )  # fmt: skip
 
 
-def few_rows_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [M, K], at most 32 rows, weight [N, K] float8_e4m3fn, scale [N] float32 -> [M, N] in x's dtype."""
+def few_rows_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, config: TileConfig, counters: Tensor, epilogue: int = PLAIN, pdl: bool = False
+) -> Tensor:
+    """x [M, K], M <= config.rows, weight [N, K] float8_e4m3fn (SILU_MUL: [2 N, K] = gate | up), scale of its rows, float32 -> [M, N] in
+    x's dtype. counters: few_rows.new_counters(N, …)."""
     num_rows, k = x.shape
-    n = weight.shape[0]
-    assert num_rows <= 32 and weight.is_contiguous() and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
+    halves = 2 if epilogue == SILU_MUL else 1
+    n = weight.shape[0] // halves
+    assert num_rows <= config.rows and weight.is_contiguous() and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
+    tiles = triton.cdiv(n, config.block_n)
+    assert counters.numel() >= tiles, (counters.shape, tiles)
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
-    block_k = min(_BLOCK_K, triton.next_power_of_2(k))
-    _few_rows_kernel[(triton.cdiv(n, _BLOCK_N),)](
-        x, weight, scale, out, num_rows, n, k, x.stride(0), out.stride(0),
-        ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=_BLOCK_N, BLOCK_K=block_k, EVEN_K=k % block_k == 0, STAGES=_STAGES,
-        num_warps=4,
+    parts = tiles * config.split_k * halves * config.block_n * config.rows if config.split_k > 1 else 1
+    partial = torch.empty(parts, dtype=torch.float32, device=x.device)
+    _few_rows_kernel[(tiles * config.split_k,)](
+        x, weight, scale, out, partial, counters, num_rows, n, k, x.stride(0), out.stride(0),
+        ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT_K=config.split_k, EPILOGUE=epilogue,
+        EVEN_N=n % config.block_n == 0, EVEN_K=k % config.block_k == 0, GROUPS=config.num_warps, PREFETCH=_PREFETCH,
+        STAGES=config.stages, PDL=pdl, num_warps=config.num_warps, maxnreg=_MAX_REGISTERS[config.num_warps], **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 

@@ -19,8 +19,48 @@ _PREFETCH = 2  # tiles of W
 
 
 @triton.jit
-def _prefetch_l2(address):
+def prefetch_l2(address):
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def finish(
+    acc, acc_up, scale, y, partial, counters, tile, split, split_k, num_rows, n, stride_y,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Add the parts along K of a tile, apply scales of W's rows (None: there are none) and the gate, write."""
+    row = tl.arange(0, ROWS)
+    live = row < num_rows
+    is_last = True
+    if split_k > 1:
+        HALVES: tl.constexpr = 2 if EPILOGUE == 1 else 1
+        cell = tl.arange(0, BLOCK_N)[:, None] * ROWS + row[None, :]
+        mine = partial + (tile * split_k + split).to(tl.int64) * (HALVES * BLOCK_N * ROWS) + cell
+        tl.store(mine, acc, mask=live[None, :])
+        if EPILOGUE == 1:
+            tl.store(mine + BLOCK_N * ROWS, acc_up, mask=live[None, :])
+        tl.debug_barrier()  # all threads' parts are written before one thread says so (release)
+        is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == split_k - 1
+        if is_last:
+            tl.store(counters + tile, 0)
+            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            acc_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            for other in tl.range(0, split_k):  # in a fixed order: the sum does not depend on who came last
+                theirs = partial + (tile * split_k + other).to(tl.int64) * (HALVES * BLOCK_N * ROWS) + cell
+                acc += tl.load(theirs, mask=live[None, :], other=0.0, cache_modifier=".cg")
+                if EPILOGUE == 1:
+                    acc_up += tl.load(theirs + BLOCK_N * ROWS, mask=live[None, :], other=0.0, cache_modifier=".cg")
+    if is_last:
+        column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        if scale is not None:
+            source = column if EVEN_N else tl.minimum(column, n - 1)
+            acc *= tl.load(scale + source)[:, None]
+            if EPILOGUE == 1:
+                acc_up *= tl.load(scale + n + source)[:, None]
+        if EPILOGUE == 1:
+            acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+        mask = live[None, :] if EVEN_N else live[None, :] & (column < n)[:, None]
+        tl.store(y + row.to(tl.int64)[None, :] * stride_y + column[:, None], acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "split_k"])
@@ -44,9 +84,9 @@ def _linear_kernel(
         gdc_launch_dependents()
         line = tl.arange(0, PREFETCH * BLOCK_K // 64) * 64  # 128 bytes
         ahead = rows_w + (first * BLOCK_K + line)[None, :]
-        _prefetch_l2(ahead.to(tl.int64, bitcast=True))
+        prefetch_l2(ahead.to(tl.int64, bitcast=True))
         if EPILOGUE == 1:
-            _prefetch_l2((ahead + second).to(tl.int64, bitcast=True))
+            prefetch_l2((ahead + second).to(tl.int64, bitcast=True))
         gdc_wait()
 
     row = tl.arange(0, ROWS)
@@ -61,30 +101,10 @@ def _linear_kernel(
         if EPILOGUE == 1:
             acc_up = tl.dot(tl.load(rows_w + second + at[None, :]), tl.trans(tile_x), acc_up)
 
-    is_last = True
-    if split_k > 1:
-        HALVES: tl.constexpr = 2 if EPILOGUE == 1 else 1
-        cell = tl.arange(0, BLOCK_N)[:, None] * ROWS + row[None, :]
-        mine = partial + (tile * split_k + split).to(tl.int64) * (HALVES * BLOCK_N * ROWS) + cell
-        tl.store(mine, acc, mask=live[None, :])
-        if EPILOGUE == 1:
-            tl.store(mine + BLOCK_N * ROWS, acc_up, mask=live[None, :])
-        tl.debug_barrier()  # all threads' parts are written before one thread says so (release)
-        is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == split_k - 1
-        if is_last:
-            tl.store(counters + tile, 0)
-            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            acc_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            for other in tl.range(0, split_k):  # in a fixed order: the sum does not depend on who came last
-                theirs = partial + (tile * split_k + other).to(tl.int64) * (HALVES * BLOCK_N * ROWS) + cell
-                acc += tl.load(theirs, mask=live[None, :], other=0.0, cache_modifier=".cg")
-                if EPILOGUE == 1:
-                    acc_up += tl.load(theirs + BLOCK_N * ROWS, mask=live[None, :], other=0.0, cache_modifier=".cg")
-    if is_last:
-        if EPILOGUE == 1:
-            acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-        mask = live[None, :] if EVEN_N else live[None, :] & (column < n)[:, None]
-        tl.store(y + row.to(tl.int64)[None, :] * stride_y + column[:, None], acc.to(y.dtype.element_ty), mask=mask)
+    finish(
+        acc, acc_up, None, y, partial, counters, tile, split, split_k, num_rows, n, stride_y,
+        ROWS=ROWS, BLOCK_N=BLOCK_N, EPILOGUE=EPILOGUE, EVEN_N=EVEN_N,
+    )  # fmt: skip
 
 
 def linear(x: Tensor, weight: Tensor, config: TileConfig, counters: Tensor, epilogue: int = PLAIN, pdl: bool = False) -> Tensor:

@@ -1,6 +1,7 @@
 """FP8 kernels against float64 of the numbers as FP8 rounds them. As test_kernels_attention.py."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,15 +19,58 @@ def relative_error(ours, reference):
     return ((ours.double() - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 64, 512), (5, 80, 1024), (17, 400, 160), (32, 96, 1040)])
-def test_few_rows_times_weights_of_8_bits(rows, n, k):
-    from ksana_lab.layers.linear_fp8 import dequantize_rows, quantize_rows
-    from ksana_lab.layers.linear_fp8_triton import few_rows_linear
+@pytest.fixture
+def poison_new_memory(monkeypatch):
+    """What a kernel forgets to write is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
 
-    weight, scale = quantize_rows(torch.randn(n, k, device=DEVICE))
+
+FEW_ROWS = [  # rows of x, columns of the result, K
+    (1, 64, 512),
+    (5, 80, 1024),
+    (8, 320, 2560),
+    (17, 200, 160),
+    (32, 96, 1040),
+]
+
+
+@pytest.mark.parametrize("epilogue", [0, 1])
+@pytest.mark.parametrize("split_k", [None, 3])
+@pytest.mark.parametrize(("rows", "n", "k"), FEW_ROWS)
+def test_few_rows_times_weights_of_8_bits(poison_new_memory, rows, n, k, split_k, epilogue):
+    from ksana_lab.layers import few_rows, linear_fp8_triton
+    from ksana_lab.layers.linear_fp8 import dequantize_rows, quantize_rows
+
+    config = few_rows.choose_fp8(rows, n, k, epilogue, 8)
+    if split_k is not None:
+        config = replace(config, split_k=min(split_k, -(-k // config.block_k)))
+    size = (n * (1 + epilogue), 1)
+    weight, scale = quantize_rows(torch.randn(size[0], k, device=DEVICE) * torch.rand(size, device=DEVICE) * k**-0.5)
     x = torch.randn(rows, k + 16, device=DEVICE).to(DTYPE)[:, :k]
+    counters = few_rows.new_counters(n, torch.device(DEVICE))
     expected = x.double() @ dequantize_rows(weight, scale, torch.float64).t()
-    assert relative_error(few_rows_linear(x, weight, scale), expected) < TOLERANCE
+    if epilogue:
+        gate, up = expected.chunk(2, 1)
+        expected = torch.nn.functional.silu(gate) * up
+    for pdl in (False, *([] if INTERPRETED else [True])):
+        ours = linear_fp8_triton.few_rows_linear(x, weight, scale, config, counters, epilogue, pdl)
+        assert relative_error(ours, expected) < TOLERANCE
+    assert not counters.any()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter widens by itself")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_8_bits_is_widened_without_loss(dtype):
+    from ksana_lab.layers import linear_fp8
+
+    numbers = torch.arange(256, device=DEVICE).to(torch.uint8).view(torch.float8_e4m3fn)
+    weight = torch.where(numbers.float().isnan(), 0.0, numbers.float()).to(torch.float8_e4m3fn).expand(64, 256).contiguous()
+    scale = torch.ones(64, device=DEVICE)
+    for first in range(0, 256, 32):
+        x = torch.eye(256, device=DEVICE, dtype=dtype)[first : first + 32]
+        got = linear_fp8.few_rows_linear(x, weight, scale)
+        assert torch.equal(got.float(), weight[:, first : first + 32].t().float())
 
 
 @pytest.mark.parametrize(("rows", "k"), [(1, 512), (7, 4096), (3, 160)])

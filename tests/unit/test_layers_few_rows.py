@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ksana_lab.layers.few_rows import PLAIN, SILU_MUL, StreamConfig, TileConfig, choose
+from ksana_lab.layers.few_rows import PLAIN, SILU_MUL, StreamConfig, TileConfig, choose, choose_fp8
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "down": (4096, 12288), "head": (151_936, 4096)}
 
@@ -38,3 +38,24 @@ def test_every_choice_holds_its_kernels_conditions():
                 assert rows <= config.rows and k % config.block_k == 0
             if isinstance(config, TileConfig):
                 assert 1 <= config.split_k <= k // config.block_k
+
+
+GATE_UP = (12288, 4096, SILU_MUL)
+EIGHT_BITS = {**{name: (*SHAPES[name], PLAIN) for name in ("qkv", "o", "down")}, "gate_up": GATE_UP}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_8_bit_weights_are_cut_so_that_each_sm_has_as_much(rows, tp):
+    for name, (n, k, epilogue) in EIGHT_BITS.items():
+        n, k = (n, k // tp) if name in ("o", "down") else (n // tp, k)
+        config = choose_fp8(rows, n, k, epilogue, 132)
+        each = n // config.block_n * config.split_k / 132
+        assert rows <= config.rows and 1.9 < each <= 3 and n % config.block_n == 0, (name, config)
+        assert (k // config.block_k) % config.split_k == 0, "parts of one length"
+
+
+def test_8_bit_weights_of_any_shape_have_a_kernel():
+    for rows, n, k, epilogue, sms in itertools.product((1, 17, 32), (16, 151_936), (16, 160, 4864), (PLAIN, SILU_MUL), (1, 132)):
+        config = choose_fp8(rows, n, k, epilogue, sms)
+        assert rows <= config.rows and 1 <= config.split_k <= -(-k // config.block_k)

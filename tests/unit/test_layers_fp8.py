@@ -95,10 +95,10 @@ def test_only_the_layers_products_are_narrow():
 def test_a_kernel_that_fails_its_proof_is_not_used(monkeypatch, caplog):
     model = load(checkpoint())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(linear_fp8, "_fault", lambda rows, dtype, device, few_rows: "wrong" if few_rows else "")
+    monkeypatch.setattr(linear_fp8, "_fault", lambda rows, dtype, device, few_rows, epilogue=0: "wrong" if few_rows else "")
     linear_fp8.prove(model, torch.bfloat16, torch.device("cuda"))
     assert model.layers[0].mlp.down.few_rows == 0 and "few rows" in caplog.text
-    monkeypatch.setattr(linear_fp8, "_fault", lambda rows, dtype, device, few_rows: "wrong")
+    monkeypatch.setattr(linear_fp8, "_fault", lambda rows, dtype, device, few_rows, epilogue=0: "wrong")
     with pytest.raises(linear_fp8.ConfigError, match="leave quantization_config"):
         linear_fp8.prove(model, torch.bfloat16, torch.device("cuda"))
 
