@@ -179,10 +179,11 @@ def _sum_of_words(
     Words travel with the epoch in one store of 8 bytes, which arrives whole (as NCCL's LL protocol has it): no fence, no flag behind.
     Memory behind byte ``area``: [2 parities, WORLD - 1 senders, PROGRAMS, region] of 8 bytes."""
     parity = (epoch & 1) * (WORLD - 1)
-    packed = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for step in tl.static_range(1, WORLD):
         memory = tl.cast(tl.load(table + (RANK + step) % WORLD) + area, tl.pointer_type(tl.int64))
         inbox = tl.multiple_of(memory, 16) + ((parity + WORLD - step - 1) * PROGRAMS + program) * region
+        # Here, not before the loop: then the address is on its way while the words are, and not asked for after them.
+        packed = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
         tl.store(inbox + at, packed, mask=live)
     mine = tl.multiple_of(tl.cast(tl.load(table + RANK) + area, tl.pointer_type(tl.int64)), 16)
     word = tl.cast(tl.load(table + WORLD), tl.pointer_type(tl.int32))
