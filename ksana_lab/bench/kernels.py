@@ -3,7 +3,8 @@
 Ceilings are measured first, on random data: the bandwidth of a plain read, and the rate of a large bf16 product. Every kernel runs many
 times in a captured graph, over inputs that together exceed the L2 cache; the median replay counts. Needs torch and Triton only.
 
-    python -m ksana_lab.bench kernels [--shape qwen3-8b] [--batch 1,8,32,128,256] [--context 1016] [--prompt 512,2048,8192] [--json FILE]"""
+    python -m ksana_lab.bench kernels [--shape qwen3-8b] [--batch 1,8,32,128,256] [--context 1016] [--prompt 512,2048,8192] [--json FILE]
+    python -m ksana_lab.bench kernels --only fp8     # 8-bit weights times few rows, in several cuts: which to keep"""
 
 from __future__ import annotations
 
@@ -18,6 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ksana_lab.layers import few_rows
+from ksana_lab.layers.few_rows import PLAIN, ROW_CLASSES, SILU_MUL, TileConfig
 
 _L2_BYTES = 256 << 20  # inputs rotate over more than this
 _BLOCK = 64
@@ -78,10 +82,14 @@ def main(argv: Sequence[str]) -> int:
         ceilings = measure_ceilings()
         read, matmul = ceilings.read_bytes_per_s / 1e12, ceilings.matmul_flops_per_s / 1e12
         print(f"{torch.cuda.get_device_name()}: {read:.2f} TB/s read, {matmul:.0f} TFLOP/s")
-        print(f"{'kernel':44} {'us':>9} {'floor':>9} {'ratio':>6}")
+        print(f"{'kernel':50} {'us':>9} {'floor':>9} {'ratio':>6}")
         rows = []
-        for row in measure(shape, ceilings, args.batch, args.context, args.prompt):
-            print(f"{row.name:44} {row.us:9.2f} {row.floor_us:9.2f} {row.ratio:6.2f}", flush=True)
+        if args.only == "fp8":
+            measured = _fp8_few_rows(shape, ceilings, ROW_CLASSES)
+        else:
+            measured = measure(shape, ceilings, args.batch, args.context, args.prompt)
+        for row in measured:
+            print(f"{row.name:50} {row.us:9.2f} {row.floor_us:9.2f} {row.ratio:6.2f}", flush=True)
             rows.append(row)
     if args.json:
         report = {
@@ -105,6 +113,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=numbers, default=[1, 8, 32, 128, 256], help="sequences of a decode step")
     parser.add_argument("--context", type=int, default=1016, help="keys of each decoding sequence")
     parser.add_argument("--prompt", type=numbers, default=[512, 2048, 8192], help="tokens of a prefill step")
+    parser.add_argument("--only", choices=["fp8"], help="products of 1, 8, 16 and 32 rows with 8-bit weights")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 
@@ -144,6 +153,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def measure(shape: Shape, ceilings: Ceilings, batches: Sequence[int], context: int, prompts: Sequence[int]) -> Iterator[Row]:
+    yield from _fp8_few_rows(shape, ceilings, [batch for batch in batches if batch <= ROW_CLASSES[-1]])
     for batch in batches:
         yield from _between(shape, ceilings, batch)
         yield from _linears(shape, ceilings, batch)
@@ -192,15 +202,7 @@ def _between(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
 
 def _linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
     """Each product of a layer and the head, by cuBLAS and by the kernel chosen for few rows. Floor: bytes or multiplications."""
-    from ksana_lab.layers import few_rows
-
-    products = {
-        "qkv": (shape.qkv, shape.hidden, few_rows.PLAIN),
-        "o": (shape.hidden, shape.num_heads * shape.head_dim, few_rows.PLAIN),
-        "gate_up": (shape.ffn, shape.hidden, few_rows.SILU_MUL),
-        "down": (shape.hidden, shape.ffn, few_rows.PLAIN),
-        "head": (shape.vocab, shape.hidden, few_rows.PLAIN),
-    }
+    products = {**_products(shape), "head": (shape.vocab, shape.hidden, PLAIN)}
     for name, (n, k, epilogue) in products.items():
         rows = n * (1 + epilogue)
         copies = _copies(rows * k * 2)
@@ -216,27 +218,79 @@ def _linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
             yield Row(f"linear {name} {tokens} {type(config).__name__[:-6].lower()}{gate}", us, floor)
 
 
-def _fp8_linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
-    """A layer's products over weights of 8 bits, with the quantisation of x where that is part of it. Floor: bytes, or multiplications at
-    twice the rate of bfloat16's."""
-    from ksana_lab.layers.linear_fp8 import FEW_ROWS, fp8_linear, quantize_rows
-
-    products = {
-        "qkv": (shape.qkv, shape.hidden),
-        "o": (shape.hidden, shape.num_heads * shape.head_dim),
-        "gate_up": (2 * shape.ffn, shape.hidden),
-        "down": (shape.hidden, shape.ffn),
+def _products(shape: Shape) -> dict[str, tuple[int, int, int]]:
+    """A layer's: columns of the result, K, epilogue."""
+    return {
+        "qkv": (shape.qkv, shape.hidden, PLAIN),
+        "o": (shape.hidden, shape.num_heads * shape.head_dim, PLAIN),
+        "gate_up": (shape.ffn, shape.hidden, SILU_MUL),
+        "down": (shape.hidden, shape.ffn, PLAIN),
     }
-    for name, (n, k) in products.items():
+
+
+def _fp8_linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]:
+    """A layer's products by tensor cores of 8 bits, with the quantisation of x. Floor: bytes, or multiplications at twice bfloat16's
+    rate."""
+    from ksana_lab.layers.linear_fp8 import fp8_linear, quantize_rows
+
+    for name, (columns, k, epilogue) in _products(shape).items():
+        n = columns * (1 + epilogue)
         copies = _copies(n * k)
         weights = [quantize_rows(_random(n, k)) for _ in range(copies)]
         x = _random(tokens, k)
         floor = max(ceilings.bytes_us(n * k), ceilings.flops_us(tokens * n * k))
-        for kernel, few_rows in (("few rows", FEW_ROWS), ("tensor cores", 0)):
-            if tokens > FEW_ROWS and few_rows:
-                continue
-            yield Row(f"linear {name} {tokens} FP8 {kernel}",
-                      median_us(lambda i: fp8_linear(x, *weights[i], None, few_rows), copies), floor)  # noqa: B023  # fmt: skip
+        us = median_us(lambda i: fp8_linear(x, *weights[i], None, 0), copies)  # noqa: B023
+        yield Row(f"linear {name} {tokens} FP8 tensor cores", us, floor)
+
+
+def _fp8_few_rows(shape: Shape, ceilings: Ceilings, batches: Sequence[int]) -> Iterator[Row]:
+    """8-bit weights times few rows, each product behind a norm as in a decode step, in the cut that few_rows.choose_fp8 takes (*) and in
+    others, beside cuBLAS over bfloat16 weights. Floor: the bytes of 8-bit weights; that of cuBLAS: twice as many. The norm alone is the
+    last row of a shape; what it takes is in the others, as far as it does not overlap."""
+    from ksana_lab.layers import fused, linear_fp8_triton
+    from ksana_lab.layers.linear_fp8 import quantize_rows
+
+    pdl = _has_dependent_launch()
+    for name, (n, k, epilogue) in _products(shape).items():
+        rows, copies = n * (1 + epilogue), _copies(n * (1 + epilogue) * k)
+        wide = [_random(rows, k) for _ in range(copies)]
+        narrow = [quantize_rows(weight) for weight in wide]
+        ones, counters = torch.ones(k, dtype=torch.bfloat16, device=_DEVICE), few_rows.new_counters(n, torch.device(_DEVICE))
+        floor = ceilings.bytes_us(rows * k)
+        for tokens in batches:
+            x = _random(tokens, k)
+
+            def behind_norm(multiply: Callable[[Tensor, int], Tensor]) -> float:
+                return median_us(lambda i: multiply(fused.rms_norm(x, ones, 1e-6, pdl), i), copies)  # noqa: B023
+
+            def cublas(h: Tensor, i: int) -> Tensor:
+                y = F.linear(h, wide[i])  # noqa: B023
+                return fused.silu_mul(y, pdl) if epilogue == SILU_MUL else y  # noqa: B023
+
+            yield Row(f"{name} {tokens} bf16 cuBLAS", behind_norm(cublas), 2 * floor)
+            for at, config in enumerate(_fp8_cuts(tokens, n, k, epilogue)):
+
+                def ours(h: Tensor, i: int, config: TileConfig = config) -> Tensor:
+                    return linear_fp8_triton.few_rows_linear(h, *narrow[i], config, counters, epilogue, pdl)  # noqa: B023
+
+                cut = f"{config.block_n}x{config.block_k} split {config.split_k} stages {config.stages} warps {config.num_warps}"
+                yield Row(f"{name} {tokens} FP8 {cut}{'' if at else ' *'}", behind_norm(ours), floor)
+            yield Row(f"norm before {name} {tokens}", behind_norm(lambda h, _: h), ceilings.bytes_us(4 * tokens * k))
+
+
+def _fp8_cuts(tokens: int, n: int, k: int, epilogue: int) -> list[TileConfig]:
+    """The chosen one first. By turns: larger or narrower tiles, eight warps; as many programs as stay on the SMs together."""
+    num_sms = _num_sms()
+    if tokens > 16:
+        others = [(TileConfig(32, 32, 256, 1, 4), 3), (TileConfig(32, 64, 128, 1, 5), 2)]
+        others = [(TileConfig(32, 32, 256, 1, 3), 3)] if epilogue == SILU_MUL else others
+    elif epilogue == SILU_MUL:
+        others = [(TileConfig(16, 64, 128, 1, 4), 3), (TileConfig(16, 64, 256, 1, 3, 8), 2)]
+    else:
+        others = [(TileConfig(16, 64, 512, 1, 3, 8), 2), (TileConfig(16, 32, 512, 1, 3), 3)]
+    chosen = few_rows.choose_fp8(tokens, n, k, epilogue, num_sms)
+    cuts = [chosen, *(few_rows.cut_evenly(config, n, k, each * num_sms) for config, each in others)]
+    return list(dict.fromkeys(cuts))
 
 
 def _decode(shape: Shape, ceilings: Ceilings, batch: int, context: int, dtype: torch.dtype = torch.bfloat16) -> Row:

@@ -65,13 +65,16 @@ def choose_fp8(num_rows: int, n: int, k: int, epilogue: int, num_sms: int) -> Ti
     Weights are widened by the warps that multiply, so an SM needs many of them: programs of four warps, three on an SM, cut along K until
     all run at once. Wide tiles spare reads of x, which at 16 rows are half as many bytes as W's; two halves of 32 need no cut for the gate
     of an 8B model."""
-    if epilogue == SILU_MUL:
-        config = TileConfig(16, 32, 256, 1, 4) if num_rows <= 16 else TileConfig(32, 32, 128, 1, 5)
-    else:
-        config = TileConfig(16, 64, 256, 1, 4) if num_rows <= 16 else TileConfig(32, 64, 256, 1, 3)
+    block_n = 32 if epilogue == SILU_MUL else 64
+    config = TileConfig(16, block_n, 256, 1, 4) if num_rows <= 16 else TileConfig(32, block_n, 128, 1, 5)
+    return cut_evenly(config, n, k, 3 * num_sms)
+
+
+def cut_evenly(config: TileConfig, n: int, k: int, programs: int) -> TileConfig:
+    """With split_k the most parts of one length, up to 16, for which there are no more than so many programs."""
     tiles, steps = -(-n // config.block_n), -(-k // config.block_k)
-    even = [parts for parts in range(1, min(steps, 16) + 1) if steps % parts == 0 and tiles * parts <= 3 * num_sms]
-    return replace(config, split_k=max(even, default=1))
+    parts = [parts for parts in range(1, min(steps, 16) + 1) if steps % parts == 0 and tiles * parts <= programs]
+    return replace(config, split_k=max(parts, default=1))
 
 
 class Chosen:

@@ -15,7 +15,7 @@ from ksana_lab.layers.few_rows import PLAIN, SILU_MUL, TileConfig
 from ksana_lab.layers.linear_triton import finish, prefetch_l2
 
 _PREFETCH = 2  # tiles of W
-_MAX_REGISTERS = {4: 168, 8: 255}  # by warps: three programs of four fit into an SM's 65,536
+_MAX_REGISTERS = {4: 168, 8: 128}  # by warps: three programs of four, or two of eight, fit into an SM's 65,536
 
 # Four e4m3 to bf16: sign and seven bits move to where bf16 has them, which is 2^-120 times the number (of subnormal ones, too); the
 # product undoes it. Triton's own conversion takes an F2F for each weight, 16 a clock and SM: fewer than memory brings. (NaN, which
@@ -109,7 +109,8 @@ def few_rows_linear(
         x, weight, scale, out, partial, counters, num_rows, n, k, x.stride(0), out.stride(0),
         ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT_K=config.split_k, EPILOGUE=epilogue,
         EVEN_N=n % config.block_n == 0, EVEN_K=k % config.block_k == 0, GROUPS=config.num_warps, PREFETCH=_PREFETCH,
-        STAGES=config.stages, PDL=pdl, num_warps=config.num_warps, maxnreg=_MAX_REGISTERS[config.num_warps], **({"launch_pdl": True} if pdl else {}),
+        STAGES=config.stages, PDL=pdl, num_warps=config.num_warps, maxnreg=_MAX_REGISTERS[config.num_warps],
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 

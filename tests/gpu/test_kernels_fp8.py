@@ -122,3 +122,32 @@ def test_products_can_be_captured(rows):
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(captured, fp8_linear(x, weight, scale, None))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="graphs are captured on a GPU only")
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_a_replayed_chain_with_dependent_launch_is_the_chain_of_eager_launches(rows):
+    """Layers share the counters of their parts along K, and start before the kernel ahead has ended."""
+    from ksana_lab.layers import few_rows, fused
+    from ksana_lab.layers.linear_fp8 import few_rows_linear, quantize_rows
+    from ksana_lab.layers.replay import capture
+
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("dependent launch needs compute capability 9")
+    size, ones = 2048, torch.ones(2048, device=DEVICE, dtype=DTYPE)
+    layers = [(quantize_rows(torch.randn(2 * size, size, device=DEVICE)), epilogue) for epilogue in (0, 1) * 4]
+    start, counters = torch.randn(rows, size, device=DEVICE).to(DTYPE), few_rows.new_counters(2 * size, torch.device(DEVICE))
+
+    def chain(pdl):
+        x = start
+        for (weight, scale), epilogue in layers:
+            x = few_rows_linear(fused.rms_norm(x[:, :size], ones, 1e-6, pdl), weight, scale, counters, epilogue, pdl)
+        return x
+
+    wanted = chain(False)
+    chain(True)
+    graph, said = capture(lambda: chain(True))
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(said, wanted)
+    assert not counters.any()
