@@ -67,6 +67,8 @@ def _shared_memory(tp, folder, width):
 def _mapped_memory(tp, width):
     memory, reason = all_reduce.map_peers(tp, MAX_BYTES, width)
     assert memory is not None, reason
+    if width:
+        memory.compile_norm(DTYPE)
     return memory
 
 
