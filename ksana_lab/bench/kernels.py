@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{'kernel':50} {'us':>9} {'floor':>9} {'ratio':>6}")
         rows = []
         if args.only == "fp8":
-            measured = _fp8_few_rows(shape, ceilings, ROW_CLASSES)
+            measured = _fp8_few_rows(shape, ceilings, ROW_CLASSES, all_cuts=True)
         else:
             measured = measure(shape, ceilings, args.batch, args.context, args.prompt)
         for row in measured:
@@ -243,10 +243,10 @@ def _fp8_linears(shape: Shape, ceilings: Ceilings, tokens: int) -> Iterator[Row]
         yield Row(f"linear {name} {tokens} FP8 tensor cores", us, floor)
 
 
-def _fp8_few_rows(shape: Shape, ceilings: Ceilings, batches: Sequence[int]) -> Iterator[Row]:
-    """8-bit weights times few rows, each product behind a norm as in a decode step, in the cut that few_rows.choose_fp8 takes (*) and in
-    others, beside cuBLAS over bfloat16 weights. Floor: the bytes of 8-bit weights; that of cuBLAS: twice as many. The norm alone is the
-    last row of a shape; what it takes is in the others, as far as it does not overlap."""
+def _fp8_few_rows(shape: Shape, ceilings: Ceilings, batches: Sequence[int], all_cuts: bool = False) -> Iterator[Row]:
+    """8-bit weights times few rows, each product behind a norm as in a decode step, in the cut that few_rows.choose_fp8 takes (*) and, if
+    asked, in others, beside cuBLAS over bfloat16 weights. Floor: the bytes of 8-bit weights; that of cuBLAS: twice as many. The norm alone
+    is the last row of a shape; what it takes is in the others, as far as it does not overlap."""
     from ksana_lab.layers import fused, linear_fp8_triton
     from ksana_lab.layers.linear_fp8 import quantize_rows
 
@@ -268,7 +268,7 @@ def _fp8_few_rows(shape: Shape, ceilings: Ceilings, batches: Sequence[int]) -> I
                 return fused.silu_mul(y, pdl) if epilogue == SILU_MUL else y  # noqa: B023
 
             yield Row(f"{name} {tokens} bf16 cuBLAS", behind_norm(cublas), 2 * floor)
-            for at, config in enumerate(_fp8_cuts(tokens, n, k, epilogue)):
+            for at, config in enumerate(_fp8_cuts(tokens, n, k, epilogue)[: None if all_cuts else 1]):
 
                 def ours(h: Tensor, i: int, config: TileConfig = config) -> Tensor:
                     return linear_fp8_triton.few_rows_linear(h, *narrow[i], config, counters, epilogue, pdl)  # noqa: B023
