@@ -281,14 +281,16 @@ def _fp8_few_rows(shape: Shape, ceilings: Ceilings, batches: Sequence[int], all_
 def _fp8_cuts(tokens: int, n: int, k: int, epilogue: int) -> list[TileConfig]:
     """The chosen one first. By turns: larger or narrower tiles, eight warps; as many programs as stay on the SMs together."""
     num_sms = _num_sms()
-    if tokens > 16:
-        others = [(TileConfig(32, 32, 256, 1, 4), 3), (TileConfig(32, 64, 128, 1, 5), 2)]
-        others = [(TileConfig(32, 32, 256, 1, 3), 3)] if epilogue == SILU_MUL else others
-    elif epilogue == SILU_MUL:
-        others = [(TileConfig(16, 64, 128, 1, 4), 3), (TileConfig(16, 64, 256, 1, 3, 8), 2)]
-    else:
-        others = [(TileConfig(16, 64, 512, 1, 3, 8), 2), (TileConfig(16, 32, 512, 1, 3), 3)]
     chosen = few_rows.choose_fp8(tokens, n, k, epilogue, num_sms)
+    rows = chosen.rows
+    if rows > 16:
+        others = [(TileConfig(rows, 32, 256, 1, 4), 3), (TileConfig(rows, 64, 128, 1, 5), 2)]
+        others = [(TileConfig(rows, 32, 256, 1, 3), 3)] if epilogue == SILU_MUL else others
+    elif epilogue == SILU_MUL:
+        others = [(TileConfig(rows, 64, 128, 1, 4), 3), (TileConfig(rows, 64, 256, 1, 3, 8), 2)]
+    else:
+        wider_or_narrower = TileConfig(rows, 128, 256, 1, 3) if rows == 8 else TileConfig(rows, 32, 512, 1, 3)
+        others = [(TileConfig(rows, 64, 512, 1, 3, 8), 2), (wider_or_narrower, 3)]
     cuts = [chosen, *(few_rows.cut_evenly(config, n, k, each * num_sms) for config, each in others)]
     return list(dict.fromkeys(cuts))
 

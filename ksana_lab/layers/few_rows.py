@@ -64,9 +64,10 @@ def choose_fp8(num_rows: int, n: int, k: int, epilogue: int, num_sms: int) -> Ti
 
     Weights are widened by the warps that multiply, so an SM needs many of them: programs of four warps, three on an SM, cut along K until
     all run at once. Wide tiles spare reads of x, which at 16 rows are half as many bytes as W's; two halves of 32 need no cut for the gate
-    of an 8B model."""
+    of an 8B model. By arithmetic and the compiler's figures; ``bench kernels --only fp8`` compares."""
     block_n = 32 if epilogue == SILU_MUL else 64
-    config = TileConfig(16, block_n, 256, 1, 4) if num_rows <= 16 else TileConfig(32, block_n, 128, 1, 5)
+    rows = next(rows for rows in ROW_CLASSES if rows >= max(num_rows, 8))
+    config = TileConfig(rows, block_n, 256, 1, 4) if rows <= 16 else TileConfig(rows, block_n, 128, 1, 5)
     return cut_evenly(config, n, k, 3 * num_sms)
 
 

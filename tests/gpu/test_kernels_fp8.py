@@ -30,6 +30,7 @@ FEW_ROWS = [  # rows of x, columns of the result, K
     (1, 64, 512),
     (5, 80, 1024),
     (8, 320, 2560),
+    (13, 72, 2048),
     (17, 200, 160),
     (32, 96, 1040),
 ]
@@ -60,17 +61,18 @@ def test_few_rows_times_weights_of_8_bits(poison_new_memory, rows, n, k, split_k
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter widens by itself")
+@pytest.mark.parametrize("rows", [8, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_of_8_bits_is_widened_without_loss(dtype):
+def test_every_number_of_8_bits_is_widened_without_loss(dtype, rows):
     from ksana_lab.layers import linear_fp8
 
     numbers = torch.arange(256, device=DEVICE).to(torch.uint8).view(torch.float8_e4m3fn)
     weight = torch.where(numbers.float().isnan(), 0.0, numbers.float()).to(torch.float8_e4m3fn).expand(64, 256).contiguous()
     scale = torch.ones(64, device=DEVICE)
-    for first in range(0, 256, 32):
-        x = torch.eye(256, device=DEVICE, dtype=dtype)[first : first + 32]
+    for first in range(0, 256, rows):
+        x = torch.eye(256, device=DEVICE, dtype=dtype)[first : first + rows]
         got = linear_fp8.few_rows_linear(x, weight, scale)
-        assert torch.equal(got.float(), weight[:, first : first + 32].t().float())
+        assert torch.equal(got.float(), weight.float()[:, first : first + rows].t())
 
 
 @pytest.mark.parametrize(("rows", "k"), [(1, 512), (7, 4096), (3, 160)])
