@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
@@ -19,11 +20,33 @@ HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1
 _NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 
+_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+_BESIDE_COMPUTE = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
+
 _ptr = ctypes.c_uint64
 
 
 class IpcHandle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes; the places are hints for managed memory."""
+
+    _fields_ = (
+        ("order", ctypes.c_int),
+        ("source_place", ctypes.c_int * 2),
+        ("target_place", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
+
+    def __init__(self, order: int, flags: int) -> None:
+        super().__init__(order=order, flags=flags)
+
+
+def _address(array: np.ndarray) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 class Driver:
@@ -99,6 +122,22 @@ class Driver:
     def copy_async(self, dst: int, src: int, nbytes: int, stream: int, device: int) -> None:
         with self._on(device):
             self._call("cuMemcpyAsync", _ptr(dst), _ptr(src), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream))
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether ``copy_batch_async`` works: CUDA 13 and newer."""
+        return hasattr(self._lib, "cuMemcpyBatchAsync_v2")
+
+    def copy_batch_async(self, dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray, stream: int, device: int) -> None:
+        """Enqueue many copies at once for the copy engines; uint64 arrays of addresses and bytes, which may go when this returns.
+        ``stream`` is not the default one."""
+        assert dsts.dtype == srcs.dtype == sizes.dtype == np.uint64 and len(dsts) == len(srcs) == len(sizes)
+        attributes, first = _CopyAttributes(_STREAM_ORDER, flags=_BESIDE_COMPUTE), ctypes.c_size_t(0)
+        with self._on(device):
+            self._call(
+                "cuMemcpyBatchAsync_v2", _address(dsts), _address(srcs), _address(sizes), ctypes.c_size_t(len(sizes)),
+                ctypes.byref(attributes), ctypes.byref(first), ctypes.c_size_t(1), ctypes.c_void_p(stream),
+            )  # fmt: skip
 
 
 @functools.cache

@@ -22,7 +22,9 @@ from ksana_lab.attention.store_kv import store_kv
 from ksana_lab.attention.triton_decode import DecodePlan, decode_attention, plan_decode
 from ksana_lab.attention.triton_prefill import gather_kv, merge_attention, prefill_attention
 
-_CUDNN_MIN = 2048  # new tokens from which cuDNN beats triton_prefill.py
+# New tokens from which cuDNN beats triton_prefill.py by enough. At 2,048 it gains 0.2 ms of a prompt's 48 on the device, and the host then
+# takes 1.1 ms to launch a layer (docs/LOG.md): the threads of a prefill node that share it have no time left.
+_CUDNN_MIN = 4096
 _CUDNN_STEP = 512  # its lengths are multiples of this
 
 

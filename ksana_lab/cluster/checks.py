@@ -349,6 +349,7 @@ def _reach(address: str, what: str) -> Finding:
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
+
 def nsys(*, trial: bool = False, has_gpu: bool = False) -> Finding:
     """Nsight Systems is optional: the event log makes every figure without it; it adds GPU rows. ``trial``: also record something."""
     try:

@@ -4,6 +4,7 @@ Nothing here waits for the device but ``PendingTokens.result``. Knows nothing of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from ksana_lab.engine.sampler import PLAIN_GREEDY, Sampled
 from ksana_lab.models.decoder import Decoder
 from ksana_lab.transfer.base import WorkerConnector
 from ksana_lab.types import TokenLogprob
+
+log = logging.getLogger(__name__)
 
 
 class PendingTokens:
@@ -129,8 +132,13 @@ class ModelRunner:
         graphs = PrefillGraphs(
             self.model, self.backend, self._kv_layers, max_num_tokens=max_num_tokens, max_num_blocks=self.batch.max_num_blocks
         )
-        graphs.capture()
-        if graphs.prove():
+        try:
+            graphs.capture()
+            is_right = graphs.prove()
+        except Exception as error:  # what does not run here must not keep the node from starting
+            log.warning("prefill is not replayed: %s: %s", type(error).__name__, error)
+            is_right = False
+        if all(answer == b"yes" for answer in self.model.tp.exchange(b"yes" if is_right else b"no")):
             self._prefill_graphs = graphs
         else:
             graphs.close()

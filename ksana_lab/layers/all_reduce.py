@@ -288,7 +288,8 @@ def measure(tp: TPGroup, memory: PeerMemory, dtype: torch.dtype) -> Report:
         for name in OURS:
             if size <= memory.areas.limit(name) and not wrong[name]:  # wrong once is wrong
                 times[size][name] = _median_us(lambda x, name=name: memory.run(name, x, _LOOKS_AT_START), x)  # type: ignore[misc]
-    report = Report(tp.size, str(dtype).removeprefix("torch."), times, wrong, plan.fastest(times))
+    trusted = {size: {name: us for name, us in row.items() if name not in plan.STALLS} for size, row in times.items()}
+    report = Report(tp.size, str(dtype).removeprefix("torch."), times, wrong, plan.fastest(trusted))
     agreed = Report.from_json(tp.exchange(report.to_json().encode())[0].decode())
     return agreed if _agree(tp, "a wait was in vain" if memory.has_given_up else None) is None else _without_ours(agreed)
 

@@ -43,7 +43,7 @@ def choose(num_rows: int, n: int, k: int, epilogue: int, num_sms: int, has_hoppe
     if num_rows > 32 or k % 256 or n % 128:
         return None
     if epilogue == SILU_MUL:
-        return TileConfig(16 if num_rows <= 16 else 32, 128, 128, 1, 3) if n >= 8192 else None
+        return TileConfig(16 if num_rows <= 16 else 32, 128, 128, 1, 3) if n >= 8192 and num_rows > 1 else None
     if num_rows <= 8 and has_hopper_kernel and k >= 2048:
         return StreamConfig(8)
     if num_rows <= 16:
@@ -63,11 +63,12 @@ def choose_fp8(num_rows: int, n: int, k: int, epilogue: int, num_sms: int) -> Ti
     """As ``choose``, for W of 8 bits and at most 32 rows. Any n; k a multiple of 16.
 
     Weights are widened by the warps that multiply, so an SM needs many of them: programs of four warps, three on an SM, cut along K until
-    all run at once. Wide tiles spare reads of x, which at 16 rows are half as many bytes as W's; two halves of 32 need no cut for the gate
-    of an 8B model. By arithmetic and the compiler's figures; ``bench kernels --only fp8`` compares."""
-    block_n = 32 if epilogue == SILU_MUL else 64
+    all run at once. Of the cuts that ``bench kernels --only fp8`` compares, the fastest on an H200 at 8, 16 and 32 rows (docs/LOG.md)."""
     rows = next(rows for rows in ROW_CLASSES if rows >= max(num_rows, 8))
-    config = TileConfig(rows, block_n, 256, 1, 4) if rows <= 16 else TileConfig(rows, block_n, 128, 1, 5)
+    if epilogue == SILU_MUL:
+        config = TileConfig(rows, 32, 256, 1, 4 if rows <= 16 else 3)
+    else:
+        config = {8: TileConfig(8, 64, 256, 1, 4), 16: TileConfig(16, 32, 512, 1, 3), 32: TileConfig(32, 32, 256, 1, 4)}[rows]
     return cut_evenly(config, n, k, 3 * num_sms)
 
 

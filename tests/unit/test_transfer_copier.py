@@ -30,6 +30,7 @@ class FakeEvent:
 
 class FakeStream:
     waited: ClassVar[list] = []
+    cuda_stream = 7
 
     def __init__(self, **options): ...
 
@@ -48,8 +49,27 @@ def launch(source, target, table, rows, programs):
         ctypes.memmove(target + b, source + a, words * WORDS)
 
 
+class FakeDriver:
+    """Of CUDA 13 or an older one."""
+
+    def __init__(self, has_batch):
+        self.has_batch, self.batches = has_batch, []
+
+    def copy_batch_async(self, dsts, srcs, sizes, stream, device):
+        assert (stream, device) == (7, 0)
+        self.batches.append(len(sizes))
+        for dst, src, nbytes in zip(dsts.tolist(), srcs.tolist(), sizes.tolist(), strict=True):
+            ctypes.memmove(dst, src, nbytes)
+
+
 @pytest.fixture
-def copier(monkeypatch):
+def driver(request):
+    return FakeDriver(getattr(request, "param", True))
+
+
+@pytest.fixture
+def copier(monkeypatch, driver):
+    monkeypatch.setattr(cuda_ipc.cuda_driver, "driver", lambda: driver)
     kernel = types.ModuleType("gather_copy")
     kernel.pieces, kernel.launch = pieces, launch
     import ksana_lab.transfer as package
@@ -77,7 +97,7 @@ def test_the_same_runs_serve_every_layer_by_their_shift(copier):
     copier, cache = copier
     target, runs = torch.zeros(1 << 14, dtype=torch.uint8), scattered(20, 1)
     for shift in ((0, 0), (6400, 8000)):
-        copier.copy(target.data_ptr(), runs, None, 24, shift)
+        copier.copy(target.data_ptr(), runs, None, shift)
         for a, b, n in runs.tolist():
             assert torch.equal(target[b + shift[1] : b + shift[1] + n], cache[a + shift[0] : a + shift[0] + n])
     assert len(copier._known) == 1
@@ -87,7 +107,7 @@ def test_lists_longer_than_the_ring_and_many_of_them_arrive_whole(copier):
     copier, cache = copier
     for seed in range(30):
         target, runs = torch.zeros(1 << 14, dtype=torch.uint8), scattered(3 * seed + 7, seed)
-        copier.copy(target.data_ptr(), runs, None, 132)
+        copier.copy(target.data_ptr(), runs, None)
         expected = torch.zeros(1 << 14, dtype=torch.uint8)
         for a, b, n in runs.tolist():
             expected[b : b + n] = cache[a : a + n]
@@ -97,13 +117,26 @@ def test_lists_longer_than_the_ring_and_many_of_them_arrive_whole(copier):
 def test_a_copy_waits_for_its_layer_on_the_stream(copier):
     copier, _ = copier
     target = torch.zeros(1 << 14, dtype=torch.uint8)
-    copier.copy(target.data_ptr(), scattered(3, 1), "the layer's event", 24)
+    copier.copy(target.data_ptr(), scattered(3, 1), "the layer's event")
     assert FakeStream.waited == ["the layer's event"]
+
+
+@pytest.mark.parametrize(("driver", "num_batches"), [(True, 2), (False, 0)], indirect=["driver"])
+def test_beside_a_prefill_the_copy_engines_copy_where_they_take_batches(copier, driver, num_batches):
+    copier, cache = copier
+    target, runs = torch.zeros(1 << 14, dtype=torch.uint8), scattered(20, 1)
+    for shift in ((0, 0), (6400, 8000)):
+        copier.copy(target.data_ptr(), runs, "the layer's event", shift)
+        for a, b, n in runs.tolist():
+            assert torch.equal(target[b + shift[1] : b + shift[1] + n], cache[a + shift[0] : a + shift[0] + n])
+    assert driver.batches == [20] * num_batches
+    copier.copy(target.data_ptr(), runs, None)
+    assert driver.batches == [20] * num_batches, "nothing is computed meanwhile: the kernel is faster"
 
 
 def test_what_the_kernel_cannot_move_is_refused(copier):
     copier, _ = copier
     with pytest.raises(TransferError, match="not aligned"):
-        copier.copy(0, np.array([[0, 8, 64]], np.int64), None, 24)
+        copier.copy(0, np.array([[0, 8, 64]], np.int64), None)
     with pytest.raises(TransferError, match="not aligned"):
-        copier.copy(0, scattered(1, 1), None, 24, (8, 0))
+        copier.copy(0, scattered(1, 1), None, (8, 0))

@@ -1,5 +1,6 @@
-"""KV between the GPUs of one host: D's cache is exported with CUDA IPC, P's GPU writes into it over NVLink (or PCIe peer access) with one
-kernel per batch of copies; notices go over a local stream.
+"""KV between the GPUs of one host: D's cache is exported with CUDA IPC, P's GPU writes into it over NVLink (or PCIe peer access); notices
+go over a local stream. A batch of copies is one kernel where the SMs have nothing else to do, and one call to the copy engines beside a
+prefill, whose kernels want the SMs.
 
 The cache is plain device memory, because the framework's allocator under ``backend:cudaMallocAsync`` cannot export its own. P and D may
 also share one GPU. As with shm, P reaches D's memory by itself, so D cannot fence: it waits until P says that it has stopped, or until P's
@@ -25,9 +26,9 @@ from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, 
 from ksana_lab.transfer.plan import Copies
 from ksana_lab.transfer.staging import check_alignment
 
-# SM programs a copy may occupy (docs/LOG.md, 2026-11-22): beside computing a few that leave the SMs to it, 16 reach 80% of the wire; with
-# nothing to hide behind all of them, 93%.
-PROGRAMS_BESIDE, PROGRAMS_ALONE = 24, 132
+# SM programs a copy may occupy (docs/LOG.md, 2026-11-22): all of them reach 92% of the wire. Beside computing, where the copy engines do
+# not take batches (before CUDA 13), fewer.
+PROGRAMS_ALONE, PROGRAMS_BESIDE = 132, 64
 _RING_ROWS = 1 << 19  # pieces of all copies under way
 _MAX_TABLES = 8  # prompts whose lists are kept
 _STALL_S = 30.0
@@ -83,29 +84,35 @@ class Copier:
             self._stream = torch.cuda.Stream(priority=-1)
             self._host = torch.empty((_RING_ROWS, 3), dtype=torch.int64, pin_memory=True)
             self._rows = torch.empty((_RING_ROWS, 3), dtype=torch.int64, device=self.device)
+        self.has_batches = cuda_driver.driver().has_batch
         self._head = 0
         self._known: deque[tuple[Copies, list[torch.Tensor]]] = deque(maxlen=_MAX_TABLES)
         self._used: deque[tuple[int, int, CudaTicket]] = deque()  # rows that the GPU still reads, oldest first
         self._lock = threading.Lock()
 
-    def copy(
-        self, target: int, copies: Copies, after: Any, num_programs: int, shift: tuple[int, int] = (0, 0), origin: int | None = None
-    ) -> CudaTicket:
+    def copy(self, target: int, copies: Copies, after: Any, shift: tuple[int, int] = (0, 0), origin: int | None = None) -> CudaTicket:
         """Enqueue all of ``copies``, moved by ``shift``, from the cache, or from the memory at ``origin``, to the address space at
-        ``target``. Raises TransferError."""
+        ``target``. Who has to wait for ``after`` is beside computing. Raises TransferError."""
         check_alignment(np.array([[*shift, 0]], np.int64))
         source, target = (self._source if origin is None else origin) + shift[0], target + shift[1]
         with self._lock, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             # The tables first: their way to the GPU is over when ``after`` is.
-            tables = self._tables_of(copies)
+            is_by_engine = after is not None and self.has_batches
+            tables = [] if is_by_engine else self._tables_of(copies)
             if after is not None:
                 self._stream.wait_event(after)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
+            if is_by_engine:
+                self._copy_by_engine(source, target, copies)
             for table in tables:
-                self._kernel.launch(source, target, table, len(table), num_programs)
+                self._kernel.launch(source, target, table, len(table), PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE)
             end.record()
         return CudaTicket(begin, end)
+
+    def _copy_by_engine(self, source: int, target: int, copies: Copies) -> None:
+        srcs, dsts, sizes = (np.ascontiguousarray(column) for column in (copies + np.array([source, target, 0])).astype(np.uint64).T)
+        cuda_driver.driver().copy_batch_async(dsts, srcs, sizes, self._stream.cuda_stream, self.device.index or 0)
 
     def _tables_of(self, copies: Copies) -> list[torch.Tensor]:
         """The kernel's lists on the GPU. Kept for a while: the layers of a prompt differ in their shift only. Memory of this stream is
@@ -178,9 +185,7 @@ class CudaIpcLink:
             first, last = int(copies[:, 1].min()) + shift[1], int((copies[:, 1] + copies[:, 2]).max()) + shift[1]
             if first < 0 or last > self._stream.peer_bytes:
                 raise TransferError(f"a write outside the peer's cache of {self._stream.peer_bytes} bytes")
-            # Who must wait for a layer is beside computing, and the next layer's kernels want the SMs.
-            num_programs = PROGRAMS_ALONE if after is None else PROGRAMS_BESIDE
-            return self._copier.copy(self._target, copies, after, num_programs, shift, None if source is None else source.data_ptr())
+            return self._copier.copy(self._target, copies, after, shift, None if source is None else source.data_ptr())
 
     def examine(self, timeout_s: float) -> LinkReport:
         """Bursts into the scratch behind D's cache; they compile and load the kernel, too."""
@@ -191,7 +196,7 @@ class CudaIpcLink:
             with self._lock:
                 if self._target is None:
                     raise TransferError("the link is closed")
-                ticket = self._copier.copy(self._target, burst, None, PROGRAMS_ALONE)
+                ticket = self._copier.copy(self._target, burst, None)
             if not ticket.wait(timeout_s):
                 raise TransferError(f"a copy of {nbytes >> 20} MiB to the decode rank's GPU was not over after {timeout_s:g} s")
             seconds.append(ticket.wire_s)
