@@ -40,9 +40,6 @@ class _CopyAttributes(ctypes.Structure):
         ("flags", ctypes.c_uint),
     )
 
-    def __init__(self, order: int, flags: int) -> None:
-        super().__init__(order=order, flags=flags)
-
 
 def _address(array: np.ndarray) -> ctypes.c_void_p:
     assert array.flags.c_contiguous
@@ -132,7 +129,7 @@ class Driver:
         """Enqueue many copies at once for the copy engines; uint64 arrays of addresses and bytes, which may go when this returns.
         ``stream`` is not the default one."""
         assert dsts.dtype == srcs.dtype == sizes.dtype == np.uint64 and len(dsts) == len(srcs) == len(sizes)
-        attributes, first = _CopyAttributes(_STREAM_ORDER, flags=_BESIDE_COMPUTE), ctypes.c_size_t(0)
+        attributes, first = _CopyAttributes(order=_STREAM_ORDER, flags=_BESIDE_COMPUTE), ctypes.c_size_t(0)
         with self._on(device):
             self._call(
                 "cuMemcpyBatchAsync_v2", _address(dsts), _address(srcs), _address(sizes), ctypes.c_size_t(len(sizes)),

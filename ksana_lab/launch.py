@@ -29,7 +29,7 @@ from ksana_lab.cluster.ports import PortPool
 from ksana_lab.cluster.process import ChildProcess, wait_for_end
 from ksana_lab.config import ksana_yaml, yaml_file
 from ksana_lab.config.engine import EngineConfig
-from ksana_lab.config.environment import drop_proxies, engine_environment, require_variables, visible_gpus
+from ksana_lab.config.environment import drop_proxies, engine_environment, has_cuda_graphs, require_variables, visible_gpus
 from ksana_lab.config.ksana_yaml import LoadedConfig
 from ksana_lab.config.router import RouterConfig
 from ksana_lab.config.validate import build
@@ -135,10 +135,10 @@ def _serve_node(config: EngineConfig, host: str, port: int, private: Path) -> in
     config_path = private / "engine.json"
     config_path.write_text(config.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", "ksana_lab.launch", "engine", "--config-json", str(config_path), "--api", api_address]
-    has_cuda_graphs = config.runtime.enable_cuda_graph and config.runtime.device != "cpu" and visible_gpus() > 0
-    if has_cuda_graphs:
+    replays = has_cuda_graphs(config.runtime)
+    if replays:
         log.info("enable_cuda_graph: the engine uses torch's own allocator instead of cudaMallocAsync, which Triton cannot capture")
-    engine = ChildProcess("engine", command, env=engine_environment(os.environ, has_cuda_graphs=has_cuda_graphs))
+    engine = ChildProcess("engine", command, env=engine_environment(os.environ, has_cuda_graphs=replays))
     engine.start()
     threading.Thread(target=_follow_engine, args=(engine,), name="engine-watch", daemon=True).start()
     try:

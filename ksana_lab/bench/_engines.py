@@ -20,7 +20,7 @@ import zmq
 from ksana_lab.cluster.ports import PortPool
 from ksana_lab.cluster.process import ChildProcess
 from ksana_lab.config.engine import EngineConfig
-from ksana_lab.config.environment import engine_environment
+from ksana_lab.config.environment import engine_environment, has_cuda_graphs
 from ksana_lab.engine.engine import Engine
 from ksana_lab.errors import EngineDead
 from ksana_lab.protocol.engine import (
@@ -59,8 +59,8 @@ class ProcessEngine:
         path = folder / f"{role}.json"
         path.write_text(config.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", "ksana_lab.launch", "engine", "--config-json", str(path), "--api", address]
-        has_cuda_graphs = config.runtime.enable_cuda_graph and config.runtime.device != "cpu"
-        self.process = ChildProcess(role, command, env=engine_environment(os.environ, has_cuda_graphs=has_cuda_graphs))
+        environment = engine_environment(os.environ, has_cuda_graphs=has_cuda_graphs(config.runtime))
+        self.process = ChildProcess(role, command, env=environment)
         self.process.start()
 
     def wait_ready(self) -> None:

@@ -7,8 +7,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING
 
 from ksana_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ksana_lab.config.engine import RuntimeOptions
 
 # Name -> value, and what the reference does with it (docs/pd_startup.md).
 REQUIRED_VARIABLES: dict[str, str] = {
@@ -62,6 +66,11 @@ def child_environment(env: Mapping[str, str], extra: Mapping[str, str] | None = 
     child["no_proxy"] = child["NO_PROXY"] = "*"
     child["PYTHONUNBUFFERED"] = "1"
     return {**child, **(extra or {})}
+
+
+def has_cuda_graphs(runtime: RuntimeOptions) -> bool:
+    """Whether an engine so configured captures CUDA graphs, here."""
+    return runtime.enable_cuda_graph and runtime.device != "cpu" and visible_gpus() > 0
 
 
 def engine_environment(env: Mapping[str, str], *, has_cuda_graphs: bool) -> dict[str, str]:

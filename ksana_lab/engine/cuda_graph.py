@@ -19,6 +19,7 @@ from torch import Tensor
 from ksana_lab.attention.base import AttentionBackend, AttentionMetadata, ForwardContext
 from ksana_lab.engine.input_batch import StepInputs
 from ksana_lab.layers import fused
+from ksana_lab.layers.replay import capture
 from ksana_lab.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -36,25 +37,65 @@ def ladder(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-class DecodeGraphs:
+class _Graphs:
+    """What graphs read and write, which is allocated outside of any."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        backend: AttentionBackend,
+        kv_layers: Sequence[Tensor],
+        *,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_num_blocks: int,
+    ) -> None:
+        """``max_num_blocks``: the widest block table of a sequence."""
+        device = kv_layers[0].device
+        self._model, self._backend, self._kv_layers = model, backend, kv_layers
+        self._input_ids = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self._slots = torch.full((max_num_tokens,), -1, dtype=torch.int64, device=device)
+        self._seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._block_tables = torch.zeros(max_num_seqs, max_num_blocks, dtype=torch.int32, device=device)
+        self._logits = torch.zeros(max_num_seqs, model.config.vocab_size, dtype=model.embedding.weight.dtype, device=device)
+        self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    @property
+    def _max_len(self) -> int:
+        """What a block table can hold; how long sequences really are is read on the device."""
+        return self._block_tables.shape[1] * self._kv_layers[0].shape[3]
+
+    def _fill_rows(self, ids: Tensor, positions: Tensor, attn: AttentionMetadata, num_tokens: int, num_seqs: int) -> None:
+        """A step, padded to so many tokens and sequences."""
+        tokens, seqs = len(ids), len(attn.seq_lens)
+        self._input_ids[:tokens].copy_(ids)
+        self._positions[:tokens].copy_(positions)
+        self._slots[:tokens].copy_(attn.slot_mapping)
+        self._seq_lens[:seqs].copy_(attn.seq_lens)
+        self._block_tables[:seqs, : attn.block_tables.shape[1]].copy_(attn.block_tables)
+        if num_tokens > tokens:
+            self._slots[tokens:num_tokens].fill_(-1)
+        if num_seqs > seqs:
+            self._seq_lens[seqs:num_seqs].zero_()
+
+    def _compute(self, num_tokens: int, context: ForwardContext, wanted: Tensor | None = None) -> None:
+        """From token ids to logits and their maxima."""
+        logits = self._model.head(self._model(self._input_ids[:num_tokens], self._positions[:num_tokens], context, wanted))
+        self._logits[: len(logits)].copy_(logits)
+        self._tokens[: len(logits)].copy_(fused.argmax(logits))
+
+
+class DecodeGraphs(_Graphs):
     """Owned by the model's thread. Capture once, after the cache exists; every rank of a group captures the same sizes in step."""
 
     def __init__(
         self, model: Decoder, backend: AttentionBackend, kv_layers: Sequence[Tensor], *, max_num_seqs: int, max_num_blocks: int
     ) -> None:
-        """``max_num_blocks``: the widest block table of a sequence."""
-        device = kv_layers[0].device
-        self._model, self._backend, self._kv_layers = model, backend, kv_layers
         self.sizes = ladder(max_num_seqs)
         largest = self.sizes[-1]
-        self._input_ids = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._slots = torch.full((largest,), -1, dtype=torch.int64, device=device)
-        self._seq_lens = torch.zeros(largest, dtype=torch.int32, device=device)
-        self._block_tables = torch.zeros(largest, max_num_blocks, dtype=torch.int32, device=device)
-        self._query_start_loc = torch.arange(largest + 1, dtype=torch.int32, device=device)
-        self._logits = torch.zeros(largest, model.config.vocab_size, dtype=model.embedding.weight.dtype, device=device)
-        self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
+        super().__init__(model, backend, kv_layers, max_num_tokens=largest, max_num_seqs=largest, max_num_blocks=max_num_blocks)
+        self._query_start_loc = torch.arange(largest + 1, dtype=torch.int32, device=self._slots.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
@@ -63,11 +104,7 @@ class DecodeGraphs:
         with torch.inference_mode():
             for size in reversed(self.sizes):
                 self._run(size)  # compiles kernels, and lets libraries allocate what they keep
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self._run(size)
-                self._graphs[size] = graph
+                self._graphs[size], _ = capture(lambda size=size: self._run(size))  # type: ignore[misc]
         torch.cuda.synchronize()
         log.info("%d decode graphs up to batch %d captured in %.1f s", len(self.sizes), self.sizes[-1], time.monotonic() - start)
 
@@ -86,20 +123,11 @@ class DecodeGraphs:
         """(logits [S, vocab] in the model's dtype, their maxima's ids [S] int64) of a step that ``fits``; overwritten by the next."""
         num = len(inputs.seq_ids)
         size = self.sizes[bisect.bisect_left(self.sizes, num)]
-        tables = inputs.attn.block_tables
-        self._input_ids[:num].copy_(inputs.input_ids)
-        self._positions[:num].copy_(inputs.positions)
-        self._slots[:num].copy_(inputs.attn.slot_mapping)
-        self._seq_lens[:num].copy_(inputs.attn.seq_lens)
-        self._block_tables[:num, : tables.shape[1]].copy_(tables)
-        if size > num:
-            self._slots[num:size].fill_(-1)
-            self._seq_lens[num:size].zero_()
+        self._fill_rows(inputs.input_ids, inputs.positions, inputs.attn, size, size)
         self._graphs[size].replay()
         return self._logits[:num], self._tokens[:num]
 
     def _run(self, size: int) -> None:
-        max_len = self._block_tables.shape[1] * self._kv_layers[0].shape[3]
         attn = AttentionMetadata(
             num_decodes=size,
             query_start_loc=self._query_start_loc[: size + 1],
@@ -107,14 +135,11 @@ class DecodeGraphs:
             block_tables=self._block_tables[:size],
             slot_mapping=self._slots[:size],
             query_lens=[1] * size,
-            context_lens=[max_len] * size,
+            context_lens=[self._max_len] * size,
             max_query_len=1,
-            max_seq_len=max_len,
+            max_seq_len=self._max_len,
         )
-        context = ForwardContext(attn, self._kv_layers, self._backend)
-        logits = self._model.head(self._model(self._input_ids[:size], self._positions[:size], context))
-        self._logits[:size].copy_(logits)
-        self._tokens[:size].copy_(fused.argmax(logits))
+        self._compute(size, ForwardContext(attn, self._kv_layers, self._backend))
 
 
 def prefill_ladder(max_num_tokens: int) -> list[int]:
@@ -123,33 +148,18 @@ def prefill_ladder(max_num_tokens: int) -> list[int]:
     return [size for size in sizes if size < max_num_tokens] + [max_num_tokens]
 
 
-class PrefillGraphs:
+class PrefillGraphs(_Graphs):
     """Short prompt chunks, no decodes among them. Owned by the model's thread; every rank of a group captures the same sizes in step."""
 
     def __init__(
-        self,
-        model: Decoder,
-        backend: AttentionBackend,
-        kv_layers: Sequence[Tensor],
-        *,
-        max_num_tokens: int,
-        max_num_blocks: int,
+        self, model: Decoder, backend: AttentionBackend, kv_layers: Sequence[Tensor], *, max_num_tokens: int, max_num_blocks: int
     ) -> None:
-        """``max_num_tokens``: of a step; below what attention leaves to other kernels than the paged one. ``max_num_blocks``: the widest
-        block table of a sequence."""
-        device = kv_layers[0].device
-        self._model, self._backend, self._kv_layers = model, backend, kv_layers
+        """``max_num_tokens``: of a step; below what attention leaves to other kernels than the paged one."""
         self.sizes = prefill_ladder(max_num_tokens)
-        largest = self.sizes[-1]
-        self._input_ids = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._slots = torch.full((largest,), -1, dtype=torch.int64, device=device)
+        super().__init__(model, backend, kv_layers, max_num_tokens=self.sizes[-1], max_num_seqs=MAX_PROMPTS, max_num_blocks=max_num_blocks)
+        device = self._slots.device
         self._query_start_loc = torch.zeros(MAX_PROMPTS + 1, dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros(MAX_PROMPTS, dtype=torch.int32, device=device)
-        self._block_tables = torch.zeros(MAX_PROMPTS, max_num_blocks, dtype=torch.int32, device=device)
         self._wanted = torch.zeros(MAX_PROMPTS, dtype=torch.int64, device=device)
-        self._logits = torch.zeros(MAX_PROMPTS, model.config.vocab_size, dtype=model.embedding.weight.dtype, device=device)
-        self._tokens = torch.zeros(MAX_PROMPTS, dtype=torch.int64, device=device)
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # up to the first layer's KV, up to the second's, …, the rest
 
     def capture(self) -> None:
@@ -257,22 +267,15 @@ class PrefillGraphs:
         return self._logits[:num], self._tokens[:num]
 
     def _fill(self, size: int, ids: Tensor, positions: Tensor, attn: AttentionMetadata, wanted: Tensor | None) -> None:
-        num, num_seqs = len(ids), len(attn.seq_lens)
-        self._input_ids[:num].copy_(ids)
-        self._positions[:num].copy_(positions)
-        self._slots[:num].copy_(attn.slot_mapping)
-        self._slots[num:size].fill_(-1)
+        self._fill_rows(ids, positions, attn, size, MAX_PROMPTS)
+        num_seqs = len(attn.seq_lens)
         self._query_start_loc[: num_seqs + 1].copy_(attn.query_start_loc)
-        self._query_start_loc[num_seqs + 1 :].fill_(num)
-        self._seq_lens[:num_seqs].copy_(attn.seq_lens)
-        self._seq_lens[num_seqs:].zero_()
-        self._block_tables[:num_seqs, : attn.block_tables.shape[1]].copy_(attn.block_tables)
+        self._query_start_loc[num_seqs + 1 :].fill_(len(ids))
         self._wanted.zero_()  # an index of a larger step would lie outside of this one
         if wanted is not None:
             self._wanted[: len(wanted)].copy_(wanted)
 
     def _run(self, size: int, on_layer_done: Callable[[int], None] | None = None) -> None:
-        max_len = self._block_tables.shape[1] * self._kv_layers[0].shape[3]
         attn = AttentionMetadata(
             num_decodes=0,
             query_start_loc=self._query_start_loc,
@@ -280,12 +283,8 @@ class PrefillGraphs:
             block_tables=self._block_tables,
             slot_mapping=self._slots[:size],
             query_lens=[size] + [0] * (MAX_PROMPTS - 1),
-            context_lens=[max_len] * MAX_PROMPTS,  # what they really are is read on the device
+            context_lens=[self._max_len] * MAX_PROMPTS,
             max_query_len=size,
-            max_seq_len=max_len,
+            max_seq_len=self._max_len,
         )
-        context = ForwardContext(attn, self._kv_layers, self._backend, on_layer_done)
-        hidden = self._model(self._input_ids[:size], self._positions[:size], context, self._wanted)
-        logits = self._model.head(hidden)
-        self._logits.copy_(logits)
-        self._tokens.copy_(fused.argmax(logits))
+        self._compute(size, ForwardContext(attn, self._kv_layers, self._backend, on_layer_done), self._wanted)

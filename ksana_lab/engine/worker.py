@@ -184,9 +184,16 @@ class Worker:
         if self.config.runtime.few_rows_linear:  # only in graphs: step by step the host is the limit, and their launches cost it more
             choose_kernels(self.runner.model, self.tp)
         self.runner.capture_graphs()
-        most = min(self.config.runtime.prefill_graph_tokens, self.config.scheduler.max_num_batched_tokens, self.max_model_len)
+        self._capture_prefill()
+
+    def _capture_prefill(self) -> None:
+        wanted = self.config.runtime.prefill_graph_tokens
+        most = min(wanted, self.config.scheduler.max_num_batched_tokens, self.max_model_len)
         if most >= _MIN_PREFILL_GRAPH_TOKENS and most <= self.kv_layout.num_blocks // 2 * self.kv_layout.block_size:
             self.runner.capture_prefill_graphs(most)
+        elif wanted:
+            log.info("prefill is not replayed: graphs take %d tokens a step or more, and half of the cache (here %d tokens, %d blocks)",
+                     _MIN_PREFILL_GRAPH_TOKENS, most, self.kv_layout.num_blocks)  # fmt: skip
 
     def _plan_attention(self) -> None:
         """Before the largest step is measured: what is chosen here decides what that step needs."""

@@ -123,11 +123,7 @@ def _launch(memory: PeerMemory, algorithm: str, x: Tensor, looks: int, is_dry: b
     shape = plan.launch(algorithm, x.numel(), memory.areas.world)
     kernel = all_reduce_triton.KERNELS[algorithm]
     args = (x, memory.table, memory.epochs[OURS.index(algorithm)], x.numel(), shape.share, area, region // item_bytes, looks)
-    options |= {"TILE": shape.tile, "num_warps": shape.num_warps, **({"launch_pdl": True} if memory.pdl else {})}
-    if is_dry:
-        kernel.warmup(*args, grid=(shape.programs,), **options)
-    else:
-        kernel[(shape.programs,)](*args, **options)
+    _start(kernel, shape.programs, args, {**options, "TILE": shape.tile, "num_warps": shape.num_warps}, is_dry)
 
 
 def _launch_norm(
@@ -143,12 +139,19 @@ def _launch_norm(
     )  # fmt: skip
     options: dict[str, Any] = {
         "RANK": memory.rank, "WORLD": memory.areas.world, "PDL": memory.pdl, "DTYPE": all_reduce_triton.TYPES[x.dtype],
-        "BLOCK": block, "num_warps": num_warps, **({"launch_pdl": True} if memory.pdl else {}),
+        "BLOCK": block, "num_warps": num_warps,
     }  # fmt: skip
+    _start(all_reduce_triton.ll_norm, rows, args, options, is_dry)
+
+
+def _start(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any], is_dry: bool) -> None:
+    """``is_dry``: compile only."""
+    if options["PDL"]:
+        options = {**options, "launch_pdl": True}
     if is_dry:
-        all_reduce_triton.ll_norm.warmup(*args, grid=(rows,), **options)
+        kernel.warmup(*args, grid=(programs,), **options)
     else:
-        all_reduce_triton.ll_norm[(rows,)](*args, **options)
+        kernel[(programs,)](*args, **options)
 
 
 class AllReduceBySize:
@@ -278,7 +281,7 @@ def measure(tp: TPGroup, memory: PeerMemory, dtype: torch.dtype) -> Report:
         bad = [size for size in sizes if size <= memory.areas.limit(name) and not is_right(tp, memory, name, size, dtype)]
         if memory.has_given_up:
             bad = sizes
-        wrong[name] = sorted({size for message in tp.exchange(json.dumps(bad).encode()) for size in json.loads(message)})
+        wrong[name] = _of_any_rank(tp, bad)
         if wrong[name]:
             log.warning("rank %d: all-reduce %s gave wrong sums at %s bytes and is not used there", tp.rank, name, wrong[name])
     times: dict[int, dict[str, float]] = {}
@@ -298,23 +301,14 @@ def is_right(tp: TPGroup, memory: PeerMemory, name: str, size: int, dtype: torch
     """Messages back to back in a replayed graph, against the sum in rank order of what NCCL gathers, to the bit."""
     inputs = [_random(size, dtype, tp.device, seed=1000 * i + tp.rank) for i in range(_NUM_CHECKED)]
     expected = [sum_in_rank_order(tp.gather(x)) for x in inputs]
-    outputs = [torch.empty_like(x) for x in inputs]
 
-    def run() -> None:
-        for x, out in zip(inputs, outputs, strict=True):
-            out.copy_(x)
+    def run() -> list[Tensor]:
+        outputs = [x.clone() for x in inputs]
         for out in outputs:
             memory.run(name, out, _LOOKS_AT_START)
+        return outputs
 
-    run()
-    good = all(torch.equal(out, want) for out, want in zip(outputs, expected, strict=True))
-    graph, _ = capture(run)
-    for _ in range(2):
-        for out in outputs:
-            out.fill_(float("nan"))
-        graph.replay()
-        good = good and all(torch.equal(out, want) for out, want in zip(outputs, expected, strict=True))
-    return good
+    return _gives(run, expected)
 
 
 def fuse_norm(tp: TPGroup, by_size: AllReduceBySize, dtype: torch.dtype) -> int:
@@ -339,8 +333,7 @@ def measure_norm(tp: TPGroup, by_size: AllReduceBySize, dtype: torch.dtype) -> d
     """Rows -> microseconds (fused, apart), rank 0's. Raises KsanaLabError on all ranks when a result was wrong on one."""
     memory = by_size.memory
     bad = [rows for rows in NORM_ROWS if not is_norm_right(tp, memory, rows, dtype) or memory.has_given_up]
-    wrong = sorted({rows for message in tp.exchange(json.dumps(bad).encode()) for rows in json.loads(message)})
-    if wrong:
+    if wrong := _of_any_rank(tp, bad):
         raise KsanaLabError(f"its results are WRONG at {', '.join(map(str, wrong))} rows")
     times = {}
     for rows in NORM_ROWS:
@@ -374,6 +367,11 @@ def is_norm_right(tp: TPGroup, memory: PeerMemory, rows: int, dtype: torch.dtype
             outputs += [memory.run_norm(x, residual, weight, _EPS, _LOOKS_AT_START), residual]
         return outputs
 
+    return _gives(run, expected)
+
+
+def _gives(run: Callable[[], list[Tensor]], expected: list[Tensor]) -> bool:
+    """Whether ``run`` does, to the bit, launched one by one and in a graph replayed twice."""
     good = all(map(torch.equal, run(), expected))
     graph, outputs = capture(run)
     for _ in range(2):
@@ -394,6 +392,11 @@ def sum_in_rank_order(gathered: Tensor) -> Tensor:
 
 def _without_ours(report: Report) -> Report:
     return Report(report.world, report.dtype, report.times_us, report.wrong, SizeTable())
+
+
+def _of_any_rank(tp: TPGroup, mine: list[int]) -> list[int]:
+    """What is in any rank's list, ascending, the same on every rank."""
+    return sorted({item for message in tp.exchange(json.dumps(mine).encode()) for item in json.loads(message)})
 
 
 def _agree(tp: TPGroup, complaint: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Kernels captured in a graph and timed by its replays, without the host between them: how candidates are compared at start-up."""
+"""Kernels captured in a graph, and timed by its replays without the host between them, as candidates are compared at start-up."""
 
 from __future__ import annotations
 
