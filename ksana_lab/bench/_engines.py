@@ -22,6 +22,7 @@ from ksana_lab.cluster.process import ChildProcess
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import engine_environment, has_cuda_graphs
 from ksana_lab.engine.engine import Engine
+from ksana_lab.engine.engine_core import SWITCH_S
 from ksana_lab.errors import EngineDead
 from ksana_lab.protocol.engine import (
     AbortRequest,
@@ -166,6 +167,7 @@ class Pair:
         try:
             self.engines["decode"] = self._start("decode")
             if is_prefill_here:
+                sys.setswitchinterval(SWITCH_S)  # as in an engine's own process
                 self.engines["prefill"] = LocalEngine(self.config("prefill"))
             else:
                 self.engines["prefill"] = self._start("prefill")

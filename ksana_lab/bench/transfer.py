@@ -38,6 +38,8 @@ from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
 from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.metrics.latency import PER_REQUEST, tpot_s, ttft_s
+from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.synth import shape, synthesize
 from ksana_lab.protocol.engine import SequenceUpdate
 from ksana_lab.transfer.base import DeviceTicket, Link
@@ -48,7 +50,9 @@ from ksana_lab.types import SamplingParams
 _BLOCK_SIZE = 16
 _TIMEOUT_S = 60.0
 _CHUNK_TOKENS = 2048  # of the data plane's chunk mode
-_HOLD_CYCLES = 20_000_000  # of the GPU, 10 ms
+_PER_TURN = 2  # requests that count, of each cluster, before the other's turn
+_TTFT_PARTS = ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s", "exposed_transfer_s")
+_HOLD_CYCLES = 100_000_000  # of the GPU, 50 ms: longer than the host posts
 
 
 @dataclass
@@ -366,28 +370,31 @@ def _note(ended: dict[str, float], role: str, updates: Sequence[SequenceUpdate])
 def measure_end_to_end(
     model_dir: str, lengths: Sequence[int], device: str, rounds: int, rate_requests: int
 ) -> Iterator[tuple[str, str, float]]:
-    """(name, unit, value). Both clusters run at once and are asked in turn; P shares its GPU with the mixed node, which is idle then."""
+    """(name, unit, value). Both clusters run at once and are asked in turns of random order, alone; P shares its GPU with the mixed node,
+    which is idle then. The first request of a turn does not count: what the GPU did before it is the other cluster's business."""
     from ksana_lab.cluster.local import Cluster
-    from ksana_lab.metrics.latency import tpot_s, ttft_s
+    from ksana_lab.tracing.phases import add_phases
     from ksana_lab.workload.loadgen import play
     from ksana_lab.workload.spec import WorkloadSpec
 
-    longest = max(lengths)
+    longest, dice = max(lengths), random.Random(0)
+    seen: dict[tuple[str, int], list[RequestRecord]] = {}
     with tempfile.TemporaryDirectory() as folder:
         clusters = {}
         for name in ("mixed", "pd"):
             file = Path(folder, f"{name}.yaml")
             file.write_text(json.dumps(_cluster(model_dir, name, device, longest)), encoding="utf-8")
-            clusters[name] = Cluster.from_yaml(str(file))
+            clusters[name] = Cluster.from_yaml(str(file), trace_dir=Path(folder, name))
         try:
             for cluster in clusters.values():
                 cluster.start()
             for length in lengths:
-                found: dict[str, list[Any]] = {name: [] for name in clusters}
+                found = {name: seen.setdefault((name, length), []) for name in clusters}
                 for i in range(rounds + 1):
-                    for name, cluster in clusters.items():
-                        spec = WorkloadSpec.from_dict(_fixed(length, 16, num_requests=2, users=1, num_warmup=1 if i == 0 else 0))
-                        found[name] += play(cluster.url, spec, progress=False)[-2:] if i else play(cluster.url, spec, progress=False)[:0]
+                    for name in dice.sample(list(clusters), len(clusters)):
+                        spec = WorkloadSpec.from_dict(_fixed(length, 16, num_requests=_PER_TURN, users=1, num_warmup=1, seed=i))
+                        records = play(clusters[name].url, spec, progress=False)
+                        found[name] += records if i else []  # the first round warms up
                 medians = {name: statistics.median(1e3 * t for r in records if (t := ttft_s(r))) for name, records in found.items()}
                 added = medians["pd"] - medians["mixed"]
                 yield f"ttft_ms.mixed.{length}", "ms", medians["mixed"]
@@ -407,6 +414,11 @@ def measure_end_to_end(
         finally:
             for cluster in clusters.values():
                 cluster.close()
+        for (name, length), records in seen.items():  # the logs are whole when the nodes have ended
+            add_phases(records, Path(folder, name))
+            for part in _TTFT_PARTS:
+                if values := [1e3 * value for record in records if (value := PER_REQUEST[part](record)) is not None]:
+                    yield f"part_ms.{part.removesuffix('_s')}.{name}.{length}", "ms", statistics.median(values)
 
 
 def _fixed(prompt: int, output: int, **more: Any) -> dict[str, Any]:

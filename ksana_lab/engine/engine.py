@@ -31,6 +31,8 @@ from ksana_lab.types import FinishReason
 
 log = logging.getLogger(__name__)
 
+_SPIN_MS = 1000  # with a GPU, beside which a core is cheap
+
 
 class Engine:
     """Owned by one thread. ``step`` while ``is_busy``, else wait for ``pollables`` and new requests and step again."""
@@ -193,6 +195,12 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         return not self._inflight and self.scheduler.is_idle
+
+    @property
+    def spin_s(self) -> float:
+        """How long to look for new work before sleeping, when there is none."""
+        spin_ms = self.config.runtime.spin_ms
+        return (_SPIN_MS if self._device.type == "cuda" else 0) / 1e3 if spin_ms is None else spin_ms / 1e3
 
     @property
     def pollables(self) -> list[zmq.Socket | int]:

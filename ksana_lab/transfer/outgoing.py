@@ -1,83 +1,20 @@
 """What a prefill rank owes for one prompt, and what of it may go now: computed, announced, and enough of it to be worth a piece.
 
 Pure bookkeeping, driven by a sender that holds its lock. One rule serves all modes: a piece is a rectangle of tokens × layers that is
-completely computed. ``layer`` lets groups of layers of the running chunk go, ``chunk`` waits for all layers of it, ``bulk`` for the whole
-prompt; whatever lies ready because the announcement or the link was late goes in one piece, in every mode."""
+completely computed. ``layer`` lets layers of the running chunk go as its schedule says, ``chunk`` waits for all layers of it, ``bulk``
+for the whole prompt; whatever lies ready because the announcement or the link was late goes in one piece, in every mode."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ksana_lab.core.connector import SendStep
 from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.protocol.transfer import Target
+from ksana_lab.transfer.schedule import Mode, Schedule
 
-Mode = Literal["bulk", "chunk", "layer"]
 L = TypeVar("L")
-
-# ``auto``: below this many tokens the handling of pieces costs more than it hides (the crossovers reported for layer-wise transfer
-# lie between 256 and 512 tokens); above it a piece should be large enough to be carried at the wire's speed.
-AUTO_BULK_TOKENS = 512
-AUTO_PIECE_BYTES = 1 << 20
-_AUTO_GROUPS = (1, 2, 4, 8, 16)
-_AUTO_HANDLING = 0.1  # of a layer's computing: what handling its pieces may take, since the same processor feeds the device
-_AUTO_MIN_GAIN_S = 100e-6  # what pieces must save over bulk before they are worth their handling
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What was measured of a link and of the prefill that it serves."""
-
-    bandwidth: float  # bytes/s, an emulated link's included
-    piece_s: float  # handling of one piece beside its bytes
-    layer_s: float  # computing one layer of this prompt
-
-
-def exposed_s(layer_bytes: int, num_layers: int, group: int, speeds: Speeds) -> float:
-    """What a prompt's transfer takes after its last layer is computed, in pieces of ``group`` layers: the largest backlog, over all
-    pieces j, of the pieces from j on less the computing after j. ``group`` = ``num_layers`` is bulk."""
-    backlog = 0.0
-    for first in range(0, num_layers, group):
-        layers = min(group, num_layers - first)
-        computing = layers * speeds.layer_s if first else 0.0  # while this piece was computed, earlier ones were sent
-        backlog = max(0.0, backlog - computing) + layers * layer_bytes / speeds.bandwidth + speeds.piece_s
-    return backlog
-
-
-def choose_mode(
-    option: str,
-    layers_per_chunk: int,
-    num_tokens: int,
-    layer_bytes: int,
-    *,
-    num_layers: int = 1,
-    speeds: Speeds | None = None,
-    bulk_below: int | None = None,
-) -> tuple[Mode, int]:
-    """(mode, layers per piece) for a prompt of which ``num_tokens`` are to be sent, ``layer_bytes`` per layer.
-
-    Shorter than ``bulk_below`` goes in bulk in every mode (None: AUTO_BULK_TOKENS under ``auto``, no minimum else). ``auto`` takes the
-    group that leaves least exposed at the measured ``speeds``, the largest of those within 5% of it, but no smaller one than lets the
-    pieces be handled in 10% of the computing; bulk where that saves less than 0.1 ms, or would need more than half of the layers in a
-    group. Without measurements: groups of at least AUTO_PIECE_BYTES."""
-    minimum = (AUTO_BULK_TOKENS if option == "auto" else 0) if bulk_below is None else bulk_below
-    if num_tokens < minimum:
-        return "bulk", layers_per_chunk
-    if option != "auto":
-        return option, layers_per_chunk  # type: ignore[return-value]
-    if speeds is None:
-        return "layer", max(layers_per_chunk, -(-AUTO_PIECE_BYTES // max(1, layer_bytes)))
-    smallest = max(layers_per_chunk, math.ceil(speeds.piece_s / (_AUTO_HANDLING * speeds.layer_s)) if speeds.layer_s else num_layers)
-    groups = sorted({max(smallest, group) for group in _AUTO_GROUPS})
-    if smallest > num_layers // 2:
-        return "bulk", layers_per_chunk
-    exposed = {group: exposed_s(layer_bytes, num_layers, group, speeds) for group in groups}
-    best = min(exposed.values())
-    if exposed_s(layer_bytes, num_layers, num_layers, speeds) - best < _AUTO_MIN_GAIN_S:
-        return "bulk", layers_per_chunk
-    return "layer", max(group for group, seconds in exposed.items() if seconds <= 1.05 * best)
 
 
 @dataclass(eq=False)
@@ -158,7 +95,7 @@ class Outgoing(Generic[L]):
     target: Target | None = None
     routes: list[Route[L]] = field(default_factory=list)
     mode: Mode = "layer"
-    group: int = 1
+    schedule: Schedule = ()  # of mode ``layer``
     num_writing: int = 0  # pieces whose bytes a backend is reading now
     is_dropped: bool = False
     is_early: bool = False  # pieces may be taken as soon as the device was given their kernels: the copy waits for them there
@@ -210,9 +147,9 @@ class Outgoing(Generic[L]):
             return self.num_layers
         if self.mode != "layer":
             return self.num_layers if self.is_early and step.is_posted else 0
-        ready = step.num_ready - step.num_ready % self.group
-        if ready <= first and self.is_early:  # one group at a time: the copy of each begins when that group is computed
-            posted = min(first + self.group, self.num_layers)
+        ready = max((end for end in self.schedule if end <= step.num_ready), default=0)
+        if ready <= first and self.is_early:  # one at a time: the copy of each begins when its layers are computed
+            posted = min(end for end in self.schedule if end > first)
             return posted if len(step.events) >= posted else 0
         return ready
 

@@ -7,7 +7,6 @@ while bytes move."""
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
@@ -31,9 +30,10 @@ from ksana_lab.transfer.base import DeviceTicket, Link, LinkReport, Ticket, Tran
 from ksana_lab.transfer.checksum import crc_of
 from ksana_lab.transfer.layer_tracker import LayerTracker
 from ksana_lab.transfer.link import Pacer, Pacers
-from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Speeds, Step, choose_mode
+from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Step
 from ksana_lab.transfer.plan import HeadSlice, between, cells, copies, head_slices, rank_layout, shifted, slice_bytes
 from ksana_lab.transfer.registry import host_id, needs_one_host
+from ksana_lab.transfer.schedule import Speeds, choose_mode
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,9 @@ _EXAMINE_S = 10.0
 _CLOSE_S = 5.0
 _KEEP = 0.8  # of the old value in a running mean
 _NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is its owner's alone
-_POLL_DEVICE_S = 20e-6  # how often a copy that a device is making is looked at, while there is one
+# A copy that a device is making is looked at when it should be nearly over, and then this often: looking takes the interpreter's lock, and
+# the model's thread has the prompt's token to bring home just then.
+_POLL_DEVICE_S, _NEARLY = 20e-6, 0.9
 
 
 @dataclass(eq=False)
@@ -140,7 +142,8 @@ class Sender:
         self._helpers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that run are kept by threading itself
         self._helpers_lock = threading.Lock()
         self._steps: dict[int, Step] = {}
-        self._stride = layout.num_layers  # read without the lock: who reads an old one is woken too often, or with the step's end
+        # Layers after which somebody's piece ends. Read without the lock: who reads an old one is woken too often, or with the step's end.
+        self._awaited: frozenset[int] = frozenset()
         self._next_step = 0
         self._next_token = 0
         self._is_closed = False
@@ -160,7 +163,7 @@ class Sender:
             self._on_layers,
             make_event=(lambda: torch.cuda.Event(enable_timing=True, blocking=True)) if is_cuda else None,
             on_posted=self._on_posted if is_cuda and any(backend.name == "cuda_ipc" for backend in backends) else None,
-            is_awaited=lambda layer: (layer + 1) % self._stride == 0,
+            is_awaited=lambda layer: layer + 1 in self._awaited,
         )
 
     # ---- the model's thread ------------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ class Sender:
         """Without the lock, most times: it is called for every layer while the device waits for the host."""
         step = self._steps[number]  # it stays until all its layers are done
         step.events.append(event)
-        if (layer + 1) % self._stride == 0 or step.is_posted:
+        if layer + 1 in self._awaited or step.is_posted:
             with self._lock:
                 if step.is_posted or any(out.is_early for out in self._outgoing.values()):
                     self._wake_senders()
@@ -199,13 +202,13 @@ class Sender:
                 del self._steps[number]
                 self._learn(step)
                 self._report_sent([out for out in self._outgoing.values() if out.chunks and out.chunks[-1].step is step], ready_ns[-1])
-            if step.is_done or step.num_ready % self._stride == 0:
+            if step.is_done or step.num_ready in self._awaited:
                 self._wake_senders()
 
-    def _set_stride(self) -> None:
-        """Pieces end at multiples of it, whoever's they are, or with a step. Under the lock, when a prompt comes or goes."""
-        groups = (out.group for out in self._outgoing.values() if out.target is not None and out.mode == "layer")
-        self._stride = math.gcd(*groups) or self._layout.num_layers
+    def _set_awaited(self) -> None:
+        """Under the lock, when a prompt comes or goes."""
+        schedules = (out.schedule for out in self._outgoing.values() if out.target is not None and out.mode == "layer")
+        self._awaited = frozenset(end for schedule in schedules for end in schedule)
 
     def _learn(self, step: Step) -> None:
         """How fast this node computes; a step's first layer is left out, since work before it counts there."""
@@ -269,7 +272,7 @@ class Sender:
             first = message.num_cached_tokens
             layer_bytes = max((self._wire_bytes(link, first, first + num_tokens, 1) for link in peer.links.values()), default=0)
             links, options = list(peer.links.values()), self._options
-            out.mode, out.group = choose_mode(
+            out.mode, out.schedule = choose_mode(
                 options.transfer_mode, options.layers_per_chunk, num_tokens, layer_bytes,
                 num_layers=self._layout.num_layers, speeds=self._speeds(links, num_tokens), bulk_below=options.bulk_below_tokens,
             )  # fmt: skip
@@ -280,7 +283,7 @@ class Sender:
                 and not has_emulation
                 and not (options.checksum or peer.wants_checksum or peer.is_packed)
             )
-            self._set_stride()
+            self._set_awaited()
             self._report_sent([out], time.monotonic_ns())
             self._wake_senders()
 
@@ -294,7 +297,7 @@ class Sender:
                 if len(self._tombstones) > _MAX_TOMBSTONES:
                     self._tombstones.popitem(last=False)
             out = self._outgoing.pop(message.key, None)
-            self._set_stride()
+            self._set_awaited()
             if out is not None:
                 out.is_dropped = True
                 if out.num_writing:
@@ -476,7 +479,7 @@ class Sender:
                 if flight.tickets and not flight.piece.is_ready:
                     break  # its copy waits on the device; the layer's end wakes us
                 if not self._is_written(link, flight):
-                    wait_s = _sooner(wait_s, _POLL_DEVICE_S)
+                    wait_s = _sooner(wait_s, _look_again_s(link, flight, now_ns))
                     break
                 if flight.due_ns > now_ns:
                     wait_s = _sooner(wait_s, (flight.due_ns - now_ns) / 1e9)
@@ -697,7 +700,7 @@ class Sender:
         for out in candidates:
             if out.is_sent and self._outgoing.get(out.key) is out:
                 del self._outgoing[out.key]
-                self._set_stride()
+                self._set_awaited()
                 self._counters["requests_sent_ranks"] += 1
                 self._counters["exposed_s"] += max(0, now_ns - out.chunks[-1].step.ready_ns[-1]) / 1e9
                 self._report(wire.RankSent(self._rank, out.key, out.serial))
@@ -739,6 +742,12 @@ class _SendThread(threading.Thread):
         else:
             sender._write(link, flight)
         return True
+
+
+def _look_again_s(link: _PeerLink, flight: _Flight, now_ns: int) -> float:
+    """Until the copy of ``flight``, whose layers are computed, should be nearly over."""
+    wire_s = flight.wire_bytes / link.report.bandwidth if link.report is not None else 0.0
+    return max(_POLL_DEVICE_S, (max(flight.piece.ready_ns, flight.start_ns) - now_ns) / 1e9 + _NEARLY * wire_s)
 
 
 def _close_all(links: Sequence[Link]) -> None:

@@ -7,14 +7,15 @@ import pytest
 from ksana_lab.core.connector import SendStep
 from ksana_lab.protocol.engine import TransferKey
 from ksana_lab.protocol.transfer import Target
-from ksana_lab.transfer.outgoing import AUTO_BULK_TOKENS, Outgoing, Route, Speeds, Step, choose_mode, exposed_s
+from ksana_lab.transfer.outgoing import Outgoing, Route, Step
+from ksana_lab.transfer.schedule import equal
 
 KEY = TransferKey("p:1__d:1", 7)
 LAYERS, BLOCK = 4, 4
 
 
-def prompt(mode="layer", group=1, *, is_announced=True, num_cached=0):
-    out: Outgoing[str] = Outgoing(KEY, 1, LAYERS, BLOCK, mode=mode, group=group)
+def prompt(mode="layer", group=1, *, schedule=None, is_announced=True, num_cached=0):
+    out: Outgoing[str] = Outgoing(KEY, 1, LAYERS, BLOCK, mode=mode, schedule=schedule or equal(LAYERS, group))
     if is_announced:
         announce(out, num_cached)
     return out
@@ -133,10 +134,14 @@ def test_a_new_attempt_starts_from_nothing():
     assert pieces(out) == [(0, 4, 0, LAYERS)]
 
 
-def test_auto_sends_short_prompts_in_bulk_and_long_ones_in_pieces_worth_sending():
-    assert choose_mode("auto", 1, AUTO_BULK_TOKENS - 1, 1 << 19) == ("bulk", 1)
-    assert choose_mode("auto", 1, AUTO_BULK_TOKENS, 1 << 19) == ("layer", 2)
-    assert choose_mode("chunk", 5, 10, 1) == ("chunk", 5)
+def test_pieces_end_where_the_schedule_says():
+    out = prompt(schedule=(3, 4))
+    step = run(out, 0, 8, is_last=True, layers=2)
+    assert pieces(out) == []
+    step.ready_ns.append(3)
+    assert pieces(out) == [(0, 8, 0, 3)]
+    step.ready_ns.append(4)
+    assert pieces(out) == [(0, 8, 3, 4)]
 
 
 def test_on_a_device_groups_are_handed_out_before_they_are_computed():
@@ -162,23 +167,3 @@ def test_on_a_device_whole_prompts_wait_for_the_last_layer_s_event(mode):
     step.events += [f"e{i}" for i in range(LAYERS)]
     piece = out.take(out.routes[0])
     assert (piece.start, piece.end, piece.layers, piece.after) == (0, 8, range(LAYERS), f"e{LAYERS - 1}")
-
-
-FAST = Speeds(bandwidth=300e9, piece_s=50e-6, layer_s=1e-3)
-
-
-def test_exposed_time_of_the_model_is_the_last_layer_when_computing_is_slower():
-    assert exposed_s(3_000_000, 36, 1, FAST) == pytest.approx(60e-6)
-    assert exposed_s(3_000_000, 36, 36, FAST) == pytest.approx(36 * 10e-6 + 50e-6)
-    starved = Speeds(bandwidth=1e9, piece_s=0, layer_s=1e-3)
-    assert exposed_s(3_000_000, 36, 1, starved) == pytest.approx(36 * 3e-3 - 35 * 1e-3)
-
-
-def test_measured_auto_sends_in_layers_where_that_hides_something_and_in_bulk_where_not():
-    def choose(speeds, tokens=8192, **more):
-        return choose_mode("auto", 1, tokens, tokens * 4096, num_layers=36, speeds=speeds, **more)
-
-    assert choose(FAST) == ("layer", 1)
-    assert choose(FAST, 256) == ("bulk", 1)
-    assert choose(Speeds(bandwidth=300e9, piece_s=0.1, layer_s=1e-3))[0] == "bulk"
-    assert choose_mode("layer", 2, 300, 1, bulk_below=512) == ("bulk", 2)
