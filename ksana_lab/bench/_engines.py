@@ -139,6 +139,7 @@ class LocalEngine:
     def step(self) -> list[SequenceUpdate]:
         """One turn; waits a moment for news when there is nothing to run, so that the connector's threads get their turn, too."""
         updates = self.engine.step()
+        self.engine.flush()
         if not updates and not self.engine.is_busy:
             self._poller.poll(1)
         return updates

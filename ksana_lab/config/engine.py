@@ -84,7 +84,6 @@ class RuntimeOptions(Frozen):
     all_reduce: Literal["by_size", "nccl"] = "by_size"  # by_size: measured at start-up, if SELECT_ALL_REDUCE_BY_SIZE is set
     few_rows_linear: bool = True  # products of a decode step by own kernels, where they prove right and fast at start-up
     num_threads: int = Field(0, ge=0)  # torch CPU threads per rank; 0 = cores / ranks on this host
-    spin_ms: int | None = Field(None, ge=0)  # look for new work this long before sleeping; None = 1000 with a GPU, 0 without
     seed: int = 0  # of requests that bring none
     trace_dir: str | None = None  # event log (JSONL) of every process goes here; None = off
 

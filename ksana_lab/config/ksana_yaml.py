@@ -213,7 +213,6 @@ KEYS: dict[str, Key] = {
     "ksana_lab.few_rows_linear": _to("runtime.few_rows_linear", bool),
     "ksana_lab.prefill_graph_tokens": _to("runtime.prefill_graph_tokens", int),
     "ksana_lab.num_threads": _to("runtime.num_threads", int),
-    "ksana_lab.spin_ms": _to("runtime.spin_ms", int),
     "ksana_lab.seed": _to("runtime.seed", int),
     "ksana_lab.trace_dir": _to("runtime.trace_dir", str),
     "ksana_lab.dtype": _to("model.dtype", str),

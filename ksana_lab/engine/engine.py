@@ -31,8 +31,6 @@ from ksana_lab.types import FinishReason
 
 log = logging.getLogger(__name__)
 
-_SPIN_MS = 1000  # with a GPU, beside which a core is cheap
-
 
 class Engine:
     """Owned by one thread. ``step`` while ``is_busy``, else wait for ``pollables`` and new requests and step again."""
@@ -88,6 +86,8 @@ class Engine:
                 wake=self.wakeup.ring,
                 ipc_dir=self._ipc_dir,
             )
+            assert executor.worker.connector is not None
+            executor.worker.connector.on_first_layer = self._transfer.release
         cache = config.cache
         self.scheduler = Scheduler(
             config.scheduler,
@@ -149,20 +149,38 @@ class Engine:
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[SequenceUpdate]:
-        """One turn: hear of transfers, schedule, enqueue, read what is due. Blocks for the device only. Raises EngineDead."""
+        """One turn: hear of transfers, schedule, enqueue, read what is due. Blocks for the device only. Hand on what it returns, then
+        ``flush``. Raises EngineDead."""
         assert self._executor is not None
         self.wakeup.clear()
         self._executor.check()
+        self.flush()
+        self._hold()
         out = self.scheduler.schedule(time.monotonic_ns())
         if out.is_empty:
             self._executor.skip(out)
         else:
             self._inflight.append(self._submit(out))
+            self.flush()
         self.is_busy = bool(self._inflight)
         if self._inflight and (out.is_empty or len(self._inflight) > self._depth):
             self._finish_step()
         self._check_when_idle()
-        return self.scheduler.take_updates()
+        updates = self.scheduler.take_updates()
+        if not updates:
+            self.flush()
+        return updates
+
+    def _hold(self) -> None:
+        """Peers and ranks hear of this turn when the device has its first layer to compute, and of its tokens when the client has them:
+        control threads would take the interpreter from this one just when a prompt waits for it."""
+        if self._transfer is not None:
+            self._transfer.hold()
+
+    def flush(self) -> None:
+        """What the turn has to say to peers and ranks goes now."""
+        if self._transfer is not None:
+            self._transfer.release()
 
     def _submit(self, out: SchedulerOutput) -> tuple[SchedulerOutput, PendingTokens, int]:
         assert self._executor is not None
@@ -180,6 +198,7 @@ class Engine:
         assert self._executor is not None
         tokens = self._executor.result(pending)
         now_ns = time.monotonic_ns()
+        self._hold()
         self.scheduler.update(out, tokens, now_ns)
         if out.scheduled:
             self._num_steps += 1
@@ -195,12 +214,6 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         return not self._inflight and self.scheduler.is_idle
-
-    @property
-    def spin_s(self) -> float:
-        """How long to look for new work before sleeping, when there is none."""
-        spin_ms = self.config.runtime.spin_ms
-        return (_SPIN_MS if self._device.type == "cuda" else 0) / 1e3 if spin_ms is None else spin_ms / 1e3
 
     @property
     def pollables(self) -> list[zmq.Socket | int]:

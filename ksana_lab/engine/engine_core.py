@@ -1,7 +1,6 @@
 """The engine process: messages in, steps, messages out. Owns the link to the API process and the signals; the work is ``Engine``'s.
 
-With work it looks at the link between steps without waiting; without, it looks for a while (``spin_ms``), then blocks on the link, on news
-of transfers and on the other ranks.
+With work it looks at the link between steps without waiting; without, it blocks on the link, on news of transfers and on the other ranks.
 It always ends with a reason: EngineFailed and status 1, or status 0 after Shutdown, SIGTERM or SIGINT."""
 
 from __future__ import annotations
@@ -106,8 +105,6 @@ class _Loop:
         self._refused: list[SequenceUpdate] = []
         self._next_status_ns = 0
         self._was_idle = True
-        self._spin_s = engine.spin_s
-        self._spin_until_s = 0.0
         self._poller = zmq.Poller()
         self._poller.register(channel.socket, zmq.POLLIN)
         for pollable in engine.pollables:
@@ -117,11 +114,10 @@ class _Loop:
         self._channel.send(self._engine.ready())
         while not self._is_stopping:
             self._emit(self._engine.step())
+            self._engine.flush()
             self._send_status()
-            if self._engine.is_busy:
-                self._spin_until_s = time.monotonic() + self._spin_s
-            elif not self._signals.is_set:
-                self._await_news()
+            if not self._engine.is_busy and not self._signals.is_set:
+                self._poller.poll(self._wait_ms())
             self._receive()
         self._emit(self._engine.fail_all("the engine is shutting down"))
 
@@ -164,15 +160,6 @@ class _Loop:
             self._next_status_ns = now_ns + _STATUS_INTERVAL_NS
             self._channel.send(self._engine.status())
         self._was_idle = is_idle
-
-    def _await_news(self) -> None:
-        """A processor that has slept does the next request's first milliseconds of work at two thirds of its speed (docs/LOG.md)."""
-        wait_ms = self._wait_ms()
-        end_s = min(self._spin_until_s, time.monotonic() + wait_ms / 1e3)
-        while time.monotonic() < end_s:
-            if self._poller.poll(0) or self._signals.is_set:
-                return
-        self._poller.poll(wait_ms)
 
     def _wait_ms(self) -> int:
         """Rounded up, so that a deadline is past when the wait is over."""

@@ -8,6 +8,7 @@ for one request and closes with it. And a *notice* delivered behind the bytes is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +21,9 @@ from ksana_lab.transfer.plan import Copies
 
 class WorkerConnector(Protocol):
     """One per TP rank. Ranks tell the scheduler's side themselves what was sent and received (through a socket in the node's ``ipc_dir``),
-    also while no step runs; an executor carries nothing."""
+    also while no step runs; an executor carries nothing. ``on_first_layer``, if set, is called with ``layer_done(0)`` of every step."""
+
+    on_first_layer: Callable[[], None] | None
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """uint8 [nbytes], zeroed: memory for the cache that the node's backends can serve."""

@@ -64,6 +64,8 @@ class Coordinator:
         self.incarnation = uuid.uuid4().hex
         self._context = zmq.Context()
         self._mailbox: Mailbox[Callable[[int], None] | None] = Mailbox()
+        self._is_held = self._has_unsaid = False  # the engine's thread's
+        self._polled: tuple[tuple[zmq.Socket, ...], zmq.Poller] = (), zmq.Poller()
         self._news: deque[News] = deque()
         self._fatal: BaseException | None = None
         self._rank_counters: dict[int, dict[str, float]] = {}
@@ -107,7 +109,19 @@ class Coordinator:
 
     def post(self, action: Callable[[int], None]) -> None:
         """Run ``action(now_ns)`` on the control thread, in order."""
-        self._mailbox.put(action)
+        self._mailbox.put(action, is_urgent=not self._is_held)
+        self._has_unsaid = self._has_unsaid or self._is_held
+
+    def hold(self) -> None:
+        """From here to ``release`` what is posted wakes nobody: the engine's thread has something on its hands that must not wait for the
+        interpreter's lock."""
+        self._is_held = True
+
+    def release(self) -> None:
+        self._is_held = False
+        if self._has_unsaid:
+            self._has_unsaid = False
+            self._mailbox.ring()
 
     def take_news(self) -> list[News]:
         """Raises TransferError when the control thread has died."""
@@ -180,11 +194,7 @@ class Coordinator:
     def _turn(self) -> bool:
         """Wait for something, handle everything that is there. False: the end."""
         now_ns = time.monotonic_ns()
-        poller = zmq.Poller()
-        for socket in self._sockets():
-            poller.register(socket, zmq.POLLIN)
-        poller.register(self._mailbox.fileno(), zmq.POLLIN)
-        poller.poll(max(0, -(-(self._next_ns(now_ns) - now_ns) // 1_000_000)))
+        self._poller_of(tuple(self._sockets())).poll(max(0, -(-(self._next_ns(now_ns) - now_ns) // 1_000_000)))
         now_ns = time.monotonic_ns()
         # Ranks first in, last handled: what the engine posted before it ran a step precedes what that step makes a rank say.
         reports = self._read_ranks()
@@ -203,6 +213,14 @@ class Coordinator:
             (self.prefill or self.decode).expire(now_ns)  # type: ignore[union-attr]
         self.connected, self.pairs = self._sessions.connected, self._sessions.describe()
         return True
+
+    def _poller_of(self, sockets: tuple[zmq.Socket, ...]) -> zmq.Poller:
+        if sockets != self._polled[0]:
+            poller = zmq.Poller()
+            for source in (*sockets, self._mailbox.fileno()):
+                poller.register(source, zmq.POLLIN)
+            self._polled = sockets, poller
+        return self._polled[1]
 
     def _sockets(self) -> Iterator[zmq.Socket]:
         yield self._hub

@@ -21,8 +21,13 @@ class Mailbox(Generic[T]):
     def fileno(self) -> int:
         return self._reader.fileno()
 
-    def put(self, item: T) -> None:
+    def put(self, item: T, *, is_urgent: bool = True) -> None:
+        """Not urgent: whoever reads sees it when something else wakes it, or ``ring`` does."""
         self._items.append(item)
+        if is_urgent:
+            self.ring()
+
+    def ring(self) -> None:
         try:
             self._writer.send(b"\0")
         except BlockingIOError:

@@ -181,6 +181,13 @@ class KVSchedulerConnector:
         """What the router's heartbeat answer names now."""
         self._coordinator.update(update)
 
+    def hold(self) -> None:
+        """Until ``release``, what is said here leaves when there is time (``Coordinator.hold``)."""
+        self._coordinator.hold()
+
+    def release(self) -> None:
+        self._coordinator.release()
+
     def decline(self, key: TransferKey, reason: str) -> None:
         """A request that never became a sequence here; its peer need not wait for it. A key that is in use is left alone."""
         if key not in self._by_key:

@@ -61,6 +61,7 @@ class KVWorkerConnector:
         self._mailbox: Mailbox[msgspec.Struct | None] = Mailbox()
         self._decoder = wire.Decoder(wire.ToRank)
         self._thread: threading.Thread | None = None
+        self.on_first_layer: Callable[[], None] | None = None
 
     # ---- start-up ----------------------------------------------------------------------------------------------------
 
@@ -108,6 +109,8 @@ class KVWorkerConnector:
     def layer_done(self, layer: int) -> None:
         if self._sender is not None:
             self._sender.layer_done(layer)
+        if layer == 0 and self.on_first_layer is not None:
+            self.on_first_layer()
 
     def poll(self) -> None:
         if self._fatal is not None:

@@ -156,16 +156,20 @@ def test_refusals_say_why(node):
 
 
 def test_status_comes_by_itself_while_work_goes_on(node):
+    """Two requests at any time: a second without a pause, however fast one is."""
     node.statuses.clear()
     names = iter(f"busy{i}" for i in range(1000))
-    name = next(names)
-    node.add(name, [5] * 20)
+    running = {next(names), next(names)}
+    for name in running:
+        node.add(name, [5] * 20)
     while not any(status.token == -1 and status.num_running for status in node.statuses):
-        if any(update.request_id == name and update.finish for update in node.updates):
-            name = next(names)
+        for name in [name for name in running if any(update.request_id == name and update.finish for update in node.updates)]:
+            running.remove(name)
+            running.add(name := next(names))
             node.add(name, [5] * 20)
         node.receive()
-    node.send(AbortRequest(name))
+    for name in running:
+        node.send(AbortRequest(name))
     assert_clean(node, 4)
 
 

@@ -91,3 +91,19 @@ def test_a_prompt_whose_first_token_ends_it_needs_no_decode_step():
         assert pair.generate(BATCH[:1], stopping) == [first]
         assert pair.generate(BATCH[:1], SamplingParams(max_tokens=1, temperature=0.0)) == [first]
         assert pair.leaks() == {"prefill": 0, "decode": 0}
+
+
+def test_control_threads_are_woken_when_the_model_s_thread_has_time(monkeypatch):
+    """For a prompt: when its first layer is computed; for its token: by ``flush``, which comes when the client has it."""
+    with EnginePair(connector={"backend": "tcp"}) as pair:
+        engine, said = pair.engines["prefill"], []
+        coordinator, worker = engine._transfer._coordinator, engine.transfer_worker
+        layer_done, ring = worker.layer_done, coordinator._mailbox.ring
+        monkeypatch.setattr(worker, "layer_done", lambda layer: (said.append(layer), layer_done(layer)))
+        monkeypatch.setattr(coordinator._mailbox, "ring", lambda: (said.append("ring"), ring()))
+        pair.add("prefill", 0, BATCH[0], GREEDY)
+        while not engine.step():
+            pass
+        assert said == [0, "ring", 1, 2, 3]
+        engine.flush()
+        assert said[5:] == ["ring"]
