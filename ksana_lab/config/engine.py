@@ -40,6 +40,7 @@ class SchedulerOptions(Frozen):
     max_num_waiting: int = Field(1200, ge=1)  # queue limit; beyond it QueueFull (429)
     waiting_timeout_s: float = Field(600.0, gt=0)  # from arrival to first token, and for a decode node to its KV's arrival
     prefill_chunk_tokens: int = Field(0, ge=0)  # cap per step and sequence; 0 = no cap but max_num_batched_tokens
+    prefill_step_tokens: int | None = Field(None, ge=0)  # a step takes more than one prompt up to here; 0 = no such bound; None = by role
     preemption_mode: Literal["swap", "recompute"] = "recompute"  # swap: to cache.host_memory_factor's blocks, recompute when they are full
     admission_spare_blocks: float = Field(1.0, ge=0)  # blocks that stay free for each running sequence when one is admitted
     swap_in_spare_blocks: float = Field(1.0, ge=0)  # the same when one is swapped in

@@ -212,6 +212,7 @@ KEYS: dict[str, Key] = {
     "ksana_lab.all_reduce": _to("runtime.all_reduce", str),
     "ksana_lab.few_rows_linear": _to("runtime.few_rows_linear", bool),
     "ksana_lab.prefill_graph_tokens": _to("runtime.prefill_graph_tokens", int),
+    "ksana_lab.prefill_step_tokens": _to("scheduler.prefill_step_tokens", int),
     "ksana_lab.num_threads": _to("runtime.num_threads", int),
     "ksana_lab.seed": _to("runtime.seed", int),
     "ksana_lab.trace_dir": _to("runtime.trace_dir", str),

@@ -38,6 +38,10 @@ from ksana_lab.types import FinishReason, Role, TokenLogprob
 
 __all__ = ["ScheduledSeq", "Scheduler", "SchedulerOutput", "StepTokens"]
 
+# Of a prefill node's step. From some 1,000 tokens on a token costs as much alone as in company (docs/performance.md), so all that more
+# prompts in a step gain is to wait for each other's end.
+_PREFILL_STEP_TOKENS = 2048
+
 STOPPED_BY_CALLER = "stop"  # AbortRequest.reason: the caller found a stop string and knows the end already
 
 
@@ -70,6 +74,8 @@ class Scheduler:
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
         self._vocab_size = vocab_size  # None: token ids are not checked
         self.max_num_seqs = min(options.max_num_seqs, options.max_num_batched_tokens)  # so that every decode runs in every step
+        by_role = _PREFILL_STEP_TOKENS if role is Role.PREFILL else 0
+        self._prefill_step_tokens = by_role if options.prefill_step_tokens is None else options.prefill_step_tokens
         self._max_unbegun_blocks = blocks.num_blocks - blocks.num_blocks_for(self.max_model_len)
         self._events = events if events is not None and events.enabled else None
 
@@ -245,7 +251,9 @@ class Scheduler:
                 self.connector.on_allocated(seq)
                 self._event("TRANSFER_START", seq)
             else:
-                if not budget or len(self.running) >= self.max_num_seqs or not self._allocate(seq, now_ns):
+                if not budget or len(self.running) >= self.max_num_seqs or self._is_company_enough(step, seq):
+                    return
+                if not self._allocate(seq, now_ns):
                     return
                 self.running[seq.seq_id] = seq
                 if self._is_prefill_only(seq):
@@ -258,6 +266,11 @@ class Scheduler:
                 else:
                     self._event("PREFILL_START", seq)
                 budget -= self._include(step, seq, budget, is_first=True)
+
+    def _is_company_enough(self, step: SchedulerOutput, seq: Sequence) -> bool:
+        """``seq`` goes into a later step: this one has a prompt already, and both were too many tokens."""
+        num_tokens = sum(item.num_tokens for item in step.scheduled if item.num_tokens > 1)
+        return bool(self._prefill_step_tokens and num_tokens and num_tokens + seq.num_uncomputed_tokens > self._prefill_step_tokens)
 
     def _head_of_queue(self) -> Sequence | None:
         if self.preempted:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 _MIN_PREFILL_GRAPH_TOKENS = 64
 _WORKSPACE_MARGIN = 1.1  # fragmentation, and kernels that allocate more at other shapes
 _MIN_WORKSPACE_BYTES = 256 << 20  # cuBLAS, NCCL, graphs
+# Enqueuing a step takes some tens of milliseconds; more, where the device's queue is full of the step before, which may take half a second.
+_SLOW_LAUNCH_S, _STALL_S = 0.25, 0.6
 _BY_SIZE_VARIABLE = "SELECT_ALL_REDUCE_BY_SIZE"  # its presence counts, as in the reference
 
 
@@ -110,6 +113,7 @@ class Worker:
         size = config.parallel.tensor_parallel_size
         self.tp = TPGroup.connect(rank, size, init_method, backend=backend, while_waiting=while_waiting)
         self.connector: WorkerConnector | None = None
+        self._num_retries = 0  # of the allocator, when last looked at
         self.host_blocks: HostBlocks | None = None
         try:
             if _BY_SIZE_VARIABLE in os.environ and config.runtime.all_reduce == "by_size":
@@ -205,7 +209,13 @@ class Worker:
         )  # fmt: skip
 
     def execute(self, command: StepCommand) -> PendingTokens:
-        return self.runner.execute(command)
+        begin_s = time.monotonic()
+        pending = self.runner.execute(command)
+        if self.device.type == "cuda" and (seconds := time.monotonic() - begin_s) > _SLOW_LAUNCH_S:
+            num_retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+            _explain_slow_launch(command, seconds, num_retries - self._num_retries)
+            self._num_retries = num_retries
+        return pending
 
     def check(self) -> None:
         """Raises KsanaLabError when this rank's connector has died (TransferError), or a peer stayed away. Never blocks."""
@@ -271,3 +281,21 @@ def _refuse_unsupported(config: EngineConfig, device: torch.device) -> None:
             f"an FP8 KV cache needs a GPU of compute capability 8.9 or more, this is {torch.cuda.get_device_name(device)}; "
             "leave quantization_config.kv_cache.dtype auto"
         )
+
+
+def _explain_slow_launch(command: StepCommand, seconds: float, num_retries: int) -> None:
+    """A stall that every request under way has felt, and that no figure of theirs explains."""
+    if not num_retries and seconds < _STALL_S:
+        return
+    if num_retries:
+        why = f"the allocator had to give memory back and ask anew {num_retries} times: raise reserved_device_memory_ratio"
+    else:
+        why = "no allocation failed, so it was a kernel or a plan made for a shape not seen before, or this processor was taken away"
+    log.warning(
+        "enqueuing step %d (%d sequences, %d tokens) took %.2f s; %s",
+        command.step_id,
+        len(command.seq_ids),
+        sum(command.num_tokens),
+        seconds,
+        why,
+    )

@@ -57,7 +57,7 @@ def send_lag_s(record: RequestRecord) -> float | None:
 
 
 def router_path_s(record: RequestRecord) -> float | None:
-    """Just before the POST to the arrival at the prefilling engine: client, router, HTTP, tokenising. With ``queueing_s``, ``prefill_s``
+    """Just before the POST to the hand-over to the prefilling engine: client, router, HTTP, tokenising. With ``queueing_s``, ``prefill_s``
     and ``first_token_path_s`` it adds up to ``ttft_s``. Needs phases on the client's clock, as the event log of one run has them."""
     if record.sent_s is None or "arrival" not in record.phases:
         return None
@@ -72,7 +72,7 @@ def first_token_path_s(record: RequestRecord) -> float | None:
 
 
 def queueing_s(record: RequestRecord) -> float | None:
-    """Arrival at the prefilling engine to the first step that ran any of it."""
+    """Hand-over to the prefilling engine to the first step that ran any of it; the step that is under way meanwhile counts here."""
     return _between(record, "arrival", "prefill_start")
 
 

@@ -11,9 +11,10 @@ from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.tracing.events import read_logs
 from ksana_lab.tracing.timeline import request_frame
 
-# A phase of a record -> the column of ``Timeline.requests`` that says when it was.
+# A phase of a record -> the column of ``Timeline.requests`` that says when it was. A request arrives when the API process has handed it to
+# the engine, which may look only after the step that it is in: that is queueing, and no way.
 _COLUMNS = {
-    "arrival": "queued_s",
+    "arrival": "handed_s",
     "prefill_start": "prefill_start_s",
     "prefill_end": "prefill_end_s",
     "transfer_start": "transfer_start_s",

@@ -3,7 +3,7 @@ from helpers_scheduling import EOS, FakeWorkers, scheduler, sequence, true_outpu
 
 from ksana_lab.core.step import StepTokens
 from ksana_lab.errors import InvalidRequest, PromptTooLong, QueueFull
-from ksana_lab.types import FinishReason
+from ksana_lab.types import FinishReason, Role
 
 S = 1_000_000_000
 
@@ -259,3 +259,24 @@ def test_everything_ends_when_the_engine_goes_down():
     sched.schedule(0)
     sched.fail_all("unavailable", "going down", 0)
     assert {u.request_id: u.error_type for u in sched.take_updates()} == {"r0": "unavailable", "r1": "unavailable"}
+
+
+@pytest.mark.parametrize(
+    ("role", "option", "first"),
+    [
+        (Role.PREFILL, None, {0: 1500, 1: 500}),
+        (Role.PREFILL, 1600, {0: 1500}),
+        (Role.PREFILL, 0, {0: 1500, 1: 500, 2: 900}),
+        (Role.MIXED, None, {0: 1500, 1: 500, 2: 900}),
+    ],
+)
+def test_a_prefill_node_s_step_takes_more_than_one_prompt_up_to_a_bound(role, option, first):
+    sched = scheduler(num_blocks=2000, role=role, max_num_batched_tokens=8192, prefill_step_tokens=option)
+    add(sched, *(sequence(i, length) for i, length in enumerate((1500, 500, 900))))
+    assert ran(sched.schedule(0)) == first
+
+
+def test_a_prompt_above_the_bound_of_a_prefill_node_s_step_runs_whole_and_alone():
+    sched = scheduler(num_blocks=2000, role=Role.PREFILL, max_num_batched_tokens=8192)
+    add(sched, sequence(0, 5000), sequence(1, 5))
+    assert ran(sched.schedule(0)) == {0: 5000}
