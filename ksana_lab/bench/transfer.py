@@ -52,6 +52,12 @@ _TIMEOUT_S = 60.0
 _CHUNK_TOKENS = 2048  # of the data plane's chunk mode
 _PER_TURN = 2  # requests that count, of each cluster, before the other's turn
 _TTFT_PARTS = ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s", "exposed_transfer_s")
+_STYLES: dict[str, dict[str, Any]] = {  # of a mode in every panel; colours of Okabe and Ito
+    "bulk": {"color": "#0072B2", "marker": "o"},
+    "chunk": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
+    "layer": {"color": "#D55E00", "marker": "^"},
+    "auto": {"color": "#009E73", "marker": "D", "linestyle": ":"},
+}
 _HOLD_CYCLES = 100_000_000  # of the GPU, 50 ms: longer than the host posts
 
 
@@ -565,16 +571,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     speeds = list(dict.fromkeys(row.gbps for row in rows))
     if not speeds:
         return
-    figure, panels = plt.subplots(1, len(speeds), figsize=(3.2 * len(speeds), 3), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(speeds), figsize=(3.2 * len(speeds), 3.3), sharey=True, squeeze=False)
+    drawn: dict[str, Any] = {}
     for axes, gbps in zip(panels[0], speeds, strict=True):
         for mode in dict.fromkeys(row.mode for row in rows):
             points = sorted((row.tokens, row.exposed_ms) for row in rows if (row.gbps, row.mode) == (gbps, mode))
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=mode)
+                (drawn[mode],) = axes.plot(*zip(*points, strict=True), **_STYLES[mode])
         axes.set(title="hardware's own link" if gbps is None else f"{gbps:g} Gb/s", xlabel="prompt tokens", xscale="log", yscale="log")
     panels[0][0].set_ylabel("exposed (ms)")
-    panels[0][0].legend()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.legend(drawn.values(), drawn.keys(), loc="upper center", ncols=len(drawn), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -7,6 +7,7 @@ leaves as little exposed as one piece a layer does, which is many copies, and a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -20,7 +21,9 @@ AUTO_BULK_TOKENS = 512
 AUTO_PIECE_BYTES = 1 << 20
 _LAST_PIECES = (1, 2, 4, 8, 16)  # layers in the last piece
 _HANDLING = 0.1  # of computing: what handling its pieces may take, since the same processor feeds the device
-_PIECE_COST_S = 200e-6  # what one more piece beside a prefill costs it, whatever is in it (measured on H200: 0.1 to 0.5 ms)
+# What pieces beside a prefill cost it, whatever is in them: a link that wakes for them takes power from the SMs. Of the computing, with the
+# link awake all the time, and how many pieces keep it so; fitted to 2, 4, 9 and 36 pieces of 2,048 to 16,384 tokens on H200s (docs/LOG.md).
+_AWAKE, _PIECES_AWAKE = 0.016, 4
 _IN_TIME = 0.7  # of the computing time at hand is counted on
 
 
@@ -43,6 +46,9 @@ def growing(num_layers: int, last: int, layer_bytes: int, speeds: Speeds) -> Sch
     computed; where that is fewer, because computing is faster than the link, as many as in the next."""
     sizes = [last]
     while (left := num_layers - sum(sizes)) > 0:
+        if len(sizes) > 1 and left <= sizes[-1] // 4:  # not worth a piece: _IN_TIME has room for it
+            sizes[-1] += left
+            break
         sent = (_IN_TIME * sizes[-1] * speeds.layer_s - speeds.piece_s) * speeds.bandwidth / max(1, layer_bytes)
         sizes.append(min(left, max(int(sent), sizes[-1])))
     return tuple(accumulate(reversed(sizes)))
@@ -56,6 +62,11 @@ def exposed_s(layer_bytes: int, schedule: Schedule, speeds: Speeds) -> float:
         computing = (end - first) * speeds.layer_s if first else 0.0  # while this piece was computed, earlier ones were sent
         backlog = max(0.0, backlog - computing) + (end - first) * layer_bytes / speeds.bandwidth + speeds.piece_s
     return backlog
+
+
+def beside_s(num_pieces: int, computing_s: float) -> float:
+    """By how much sending pieces lengthens a prefill of ``computing_s``; bulk, one piece behind it, by nothing."""
+    return _AWAKE * computing_s * (1 - math.exp(-(num_pieces - 1) / _PIECES_AWAKE))
 
 
 def choose_mode(
@@ -72,7 +83,7 @@ def choose_mode(
 
     Shorter than ``bulk_below`` goes in bulk in every mode (None: AUTO_BULK_TOKENS under ``auto``, no minimum else). ``layer`` sends equal
     groups of ``layers_per_chunk``. ``auto`` takes, of bulk and the growing schedules whose pieces can be handled in 10% of the computing,
-    the one with least exposed time plus 0.2 ms for each piece beyond the first; without measurements, groups of at least
+    the one that makes the prompt latest by least, exposed time and ``beside_s`` together; without measurements, groups of at least
     AUTO_PIECE_BYTES."""
     bulk: tuple[Mode, Schedule] = ("bulk", (num_layers,))
     minimum = (AUTO_BULK_TOKENS if option == "auto" else 0) if bulk_below is None else bulk_below
@@ -84,7 +95,7 @@ def choose_mode(
         return "layer", equal(num_layers, max(layers_per_chunk, -(-AUTO_PIECE_BYTES // max(1, layer_bytes))))
     tails = sorted({max(layers_per_chunk, last) for last in _LAST_PIECES})
     schedules = [growing(num_layers, last, layer_bytes, speeds) for last in tails if last <= num_layers // 2]
-    most = _HANDLING * num_layers * speeds.layer_s
-    schedules = [(num_layers,), *(schedule for schedule in schedules if len(schedule) * speeds.piece_s <= most)]
-    best = min(schedules, key=lambda schedule: exposed_s(layer_bytes, schedule, speeds) + (len(schedule) - 1) * _PIECE_COST_S)
+    computing_s = num_layers * speeds.layer_s
+    schedules = [(num_layers,), *(schedule for schedule in schedules if len(schedule) * speeds.piece_s <= _HANDLING * computing_s)]
+    best = min(schedules, key=lambda schedule: exposed_s(layer_bytes, schedule, speeds) + beside_s(len(schedule), computing_s))
     return bulk if len(best) == 1 else ("layer", best)
