@@ -20,7 +20,7 @@ from ksana_lab.attention.after_context import AfterContext, Kernels, Shape
 from ksana_lab.attention.base import AttentionMetadata
 from ksana_lab.attention.store_kv import store_kv
 from ksana_lab.attention.triton_decode import DecodePlan, decode_attention, plan_decode
-from ksana_lab.attention.triton_prefill import gather_kv, merge_attention, prefill_attention
+from ksana_lab.attention.triton_prefill import FEW_SEQS, gather_kv, merge_attention, prefill_attention
 
 # New tokens from which cuDNN beats triton_prefill.py by enough. At 2,048 it gains 0.2 ms of a prompt's 48 on the device, and the host then
 # takes 1.1 ms to launch a layer (docs/LOG.md): the threads of a prefill node that share it have no time left.
@@ -50,14 +50,17 @@ class TritonBackend:
         self, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype, device: torch.device,
         *, max_seq_len: int, block_size: int, cache_dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        """Have cuDNN plan for every length it may be asked for, up to ``max_tokens`` of a sequence in a step."""
+        """Compile what only some steps need, and have cuDNN plan for every length it may be asked for, up to ``max_tokens`` of a sequence
+        in a step: both take up to a second, which every request under way would wait for."""
+        kv_layer = torch.zeros(1, 2, num_kv_heads, block_size, head_dim, dtype=cache_dtype, device=device)
+        _attend_to_many(num_heads, kv_layer, dtype)
         if dtype.itemsize != 2:
             return
         for length in range(_CUDNN_MIN, _padded(max_tokens) + 1, _CUDNN_STEP):
             heads = torch.zeros(length, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, device=device)
             q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
             cudnn_attention(q, k, v, head_dim**-0.5, is_causal=True)
-            if length < _padded(max_tokens):  # what is padded is laid out otherwise, and that is another plan
+            if length > _CUDNN_MIN:  # what is padded to it is laid out otherwise, and that is another plan
                 cudnn_attention(q.contiguous(), k.contiguous(), v.contiguous(), head_dim**-0.5, is_causal=True)
         self._after_context = AfterContext(KERNELS, max_tokens, max_seq_len)
         self._after_context.prove(Shape(num_heads, num_kv_heads, head_dim, block_size, dtype, cache_dtype), device)
@@ -132,6 +135,15 @@ class TritonBackend:
         padding = (0, 0, 0, 0, 0, _padded(length) - length)
         q, k, v = (x if padding[-1] == 0 else F.pad(x, padding) for x in (q[:length], k, v))
         return cudnn_attention(q, k, v, scale, is_causal=True)[0][:length]
+
+
+def _attend_to_many(num_heads: int, kv_layer: Tensor, dtype: torch.dtype) -> None:
+    """A step of more prompts than most have, of one token each."""
+    num, device = FEW_SEQS + 1, kv_layer.device
+    q = torch.zeros(num, num_heads, kv_layer.shape[-1], dtype=dtype, device=device)
+    starts = torch.arange(num + 1, dtype=torch.int32, device=device)
+    tables, lengths = torch.zeros(num, 1, dtype=torch.int32, device=device), torch.ones(num, dtype=torch.int32, device=device)
+    prefill_attention(q, kv_layer, tables, starts, lengths, num, 1.0, torch.empty_like(q))
 
 
 def _padded(length: int) -> int:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FEW_SEQS = 64  # with more in a step another kernel is compiled
+
 
 @triton.jit
 def _blocks_of(table, start, seq_len, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
@@ -52,7 +54,8 @@ def _attend_tile(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_tiles", "stride_table"])
+# Sequences of a step that go together begin anywhere in its tables: how these are aligned must not cost a compilation while serving.
+@triton.jit(do_not_specialize=["num_seqs", "num_tiles", "stride_table", "block_tables", "query_start_loc", "seq_lens"])
 def _prefill_kernel(
     q, kv, out, block_tables, query_start_loc, seq_lens,
     num_seqs, num_tiles, stride_q, stride_out, stride_block, stride_table, scale_log2,
@@ -133,16 +136,17 @@ def prefill_attention(
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     group = num_heads // num_kv_heads
     num_tiles = num_new_tokens // (rows // group) + num_seqs
+    most_seqs = FEW_SEQS if num_seqs <= FEW_SEQS else triton.next_power_of_2(max(num_seqs, 1024))
     _prefill_kernel[(num_kv_heads, num_tiles)](
         q, kv_layer, out, block_tables, query_start_loc, seq_lens,
         num_seqs, num_tiles, q.stride(0), out.stride(0), kv_layer.stride(0), block_tables.stride(0), scale * 1.4426950408889634,
         KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        ROWS=rows, TILE=tile, SEQS=triton.next_power_of_2(max(num_seqs, 64)), STAGES=num_stages, num_warps=num_warps,
+        ROWS=rows, TILE=tile, SEQS=most_seqs, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
     return out
 
 
-# A table's row and a slice of log-sum-exps begin anywhere: how they are aligned must not cost a compilation while serving.
+# A table's row and a slice of log-sum-exps begin anywhere, too.
 @triton.jit(do_not_specialize=["table", "first", "num_tokens"])
 def _gather_kernel(
     kv, table, k, v, stride_block, first, num_tokens,

@@ -19,6 +19,7 @@ from ksana_lab.engine.host_blocks import HostBlocks
 from ksana_lab.engine.input_batch import InputBatch, StepInputs
 from ksana_lab.engine.layer_timer import LayerTimer
 from ksana_lab.engine.sampler import PLAIN_GREEDY, Sampled
+from ksana_lab.layers import fused
 from ksana_lab.models.decoder import Decoder
 from ksana_lab.transfer.base import WorkerConnector
 from ksana_lab.types import TokenLogprob
@@ -126,6 +127,14 @@ class ModelRunner:
         )
         graphs.capture()
         self._graphs = graphs
+
+    def compile_sampling(self) -> None:
+        """CUDA only: what draws tokens, and for greedy sequences takes the maximum, of the model's logits and of float32 ones."""
+        table = self.batch.sampling
+        for dtype in {self.model.embedding.weight.dtype, torch.float32}:
+            logits = torch.zeros(1, table.vocab_size, dtype=dtype, device=self.device)
+            fused.argmax(logits)
+            fused.sample(logits, logits.new_ones(1, 1, dtype=torch.float32), logits.new_zeros(1, 2, dtype=torch.int64))
 
     def capture_prefill_graphs(self, max_num_tokens: int) -> None:
         """The same of prompt chunks of up to so many tokens together, if they prove right."""

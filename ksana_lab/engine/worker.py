@@ -179,6 +179,7 @@ class Worker:
 
     def _warm_up(self) -> None:
         """Nothing is compiled or captured once requests come."""
+        self.runner.compile_sampling()
         if not self.config.runtime.enable_cuda_graph:
             return
         if torch.cuda.get_allocator_backend() == "cudaMallocAsync":

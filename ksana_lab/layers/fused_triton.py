@@ -178,10 +178,10 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["loops"])  # it differs by batch size, which must not cost a compilation while serving
 def _sample_kernel(
-    logits, temperature, keys, part_score, part_token, arrived, out, vocab, stride_logits,
-    RANDOM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    logits, temperature, keys, part_score, part_token, arrived, out, vocab, stride_logits, loops,
+    RANDOM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     row = tl.program_id(1)
@@ -197,8 +197,8 @@ def _sample_kernel(
         second += tl.load(keys + row * 2 + 1).to(tl.uint32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_token = tl.zeros([BLOCK], tl.int32)
-    for loop in range(LOOPS):
-        token = (split * LOOPS + loop) * BLOCK + tl.arange(0, BLOCK)
+    for loop in range(loops):
+        token = (split * loops + loop) * BLOCK + tl.arange(0, BLOCK)
         score = tl.load(logits + row.to(tl.int64) * stride_logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
         if RANDOM:  # noqa: SIM102  (known when compiling; the other when running)
             if heat > 0.0:
@@ -233,14 +233,14 @@ def sample(logits: Tensor, temperature: Tensor | None, keys: Tensor | None, pdl:
     block = 2048
     loops = max(1, triton.cdiv(batch * vocab, block * 1024))  # about a thousand programs, eight for each SM
     num_splits = triton.cdiv(vocab, block * loops)
-    splits = triton.next_power_of_2(num_splits)
+    splits = triton.next_power_of_2(triton.cdiv(vocab, block))  # at most
     device = logits.device
     out = torch.empty(batch, dtype=torch.int64, device=device)
     part_score = torch.empty(batch, splits, dtype=torch.float32, device=device)
     part_token = torch.empty(batch, splits, dtype=torch.int32, device=device)
     arrived = torch.zeros(batch, dtype=torch.int32, device=device)
     _sample_kernel[(num_splits, batch)](
-        logits, temperature, keys, part_score, part_token, arrived, out, vocab, logits.stride(0),
-        RANDOM=temperature is not None, BLOCK=block, LOOPS=loops, SPLITS=splits, **_options(pdl, num_warps=4),
+        logits, temperature, keys, part_score, part_token, arrived, out, vocab, logits.stride(0), loops,
+        RANDOM=temperature is not None, BLOCK=block, SPLITS=splits, **_options(pdl, num_warps=4),
     )  # fmt: skip
     return out

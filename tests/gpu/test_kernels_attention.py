@@ -138,6 +138,35 @@ def test_paged_prefill_agrees_with_float64(block_size, head_dim, kv_heads, group
     assert relative_error(out[decodes:], expected) < TOLERANCE
 
 
+def test_paged_prefill_takes_more_sequences_than_most_steps_have():
+    from ksana_lab.attention.triton_prefill import FEW_SEQS, prefill_attention
+
+    new = [1 + i % 3 for i in range(FEW_SEQS + 6)]
+    layer, tables, contents = make_cache(new, 16, 64, 1, "block_major", 5)
+    starts = torch.tensor([sum(new[:i]) for i in range(len(new) + 1)], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(sum(new), 2, 64, device=DEVICE).to(DTYPE)
+    out = poisoned(*q.shape)
+    prefill_attention(q, layer, tables, starts, torch.tensor(new, dtype=torch.int32, device=DEVICE), sum(new), 0.125, out)
+    expected = torch.cat([reference(q[starts[i] : starts[i + 1]], kv, 0.125) for i, kv in enumerate(contents)])
+    assert relative_error(out, expected) < TOLERANCE
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+def test_where_a_step_s_sequences_begin_costs_no_compilation():
+    """Parts of a step read its tables from anywhere; a compilation takes most of a second, which every request under way would wait for."""
+    from ksana_lab.attention.triton_prefill import _prefill_kernel, prefill_attention
+
+    layer, tables, _ = make_cache([50] * 9, 16, 128, 2, "block_major", 6)
+    starts = torch.arange(0, 500, 50, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((9,), 50, dtype=torch.int32, device=DEVICE)
+    q = torch.randn(450, 8, 128, device=DEVICE).to(DTYPE)
+    compiled = set()
+    for first in (0, 1, 2, 3, 4):
+        prefill_attention(q, layer, tables[first:], starts[first:], lengths[first:], 50 * (9 - first), 0.1, torch.empty_like(q))
+        compiled.add(len(_prefill_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert len(compiled) == 1
+
+
 def test_merge_of_two_key_sets_is_attention_over_both():
     from ksana_lab.attention.triton_prefill import merge_attention
 
