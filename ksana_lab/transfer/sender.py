@@ -46,9 +46,9 @@ _EXAMINE_S = 10.0
 _CLOSE_S = 5.0
 _KEEP = 0.8  # of the old value in a running mean
 _NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is its owner's alone
-# A copy that a device is making is looked at when it should be nearly over, and then this often: looking takes the interpreter's lock, and
-# the model's thread has the prompt's token to bring home just then.
-_POLL_DEVICE_S, _NEARLY = 20e-6, 0.9
+# A copy that a device is making is looked at when it has gone on for so much longer than at the last look: looking takes the interpreter's
+# lock, and the model's thread has the prompt's token to bring home just then.
+_POLL_DEVICE_S, _POLL_SHARE = 20e-6, 0.1
 
 
 @dataclass(eq=False)
@@ -479,7 +479,7 @@ class Sender:
                 if flight.tickets and not flight.piece.is_ready:
                     break  # its copy waits on the device; the layer's end wakes us
                 if not self._is_written(link, flight):
-                    wait_s = _sooner(wait_s, _look_again_s(link, flight, now_ns))
+                    wait_s = _sooner(wait_s, _look_again_s(flight, now_ns))
                     break
                 if flight.due_ns > now_ns:
                     wait_s = _sooner(wait_s, (flight.due_ns - now_ns) / 1e9)
@@ -744,10 +744,9 @@ class _SendThread(threading.Thread):
         return True
 
 
-def _look_again_s(link: _PeerLink, flight: _Flight, now_ns: int) -> float:
-    """Until the copy of ``flight``, whose layers are computed, should be nearly over."""
-    wire_s = flight.wire_bytes / link.report.bandwidth if link.report is not None else 0.0
-    return max(_POLL_DEVICE_S, (max(flight.piece.ready_ns, flight.start_ns) - now_ns) / 1e9 + _NEARLY * wire_s)
+def _look_again_s(flight: _Flight, now_ns: int) -> float:
+    """How late the end of the copy of ``flight``, whose layers are computed, may be seen."""
+    return max(_POLL_DEVICE_S, _POLL_SHARE * (now_ns - max(flight.piece.ready_ns, flight.start_ns)) / 1e9)
 
 
 def _close_all(links: Sequence[Link]) -> None:

@@ -1,8 +1,9 @@
-"""The end of a prefill rank's sender."""
+"""A prefill rank's sender: its end, and how it looks at copies under way."""
 
 import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from ksana_lab.config.engine import ConnectorOptions
@@ -11,7 +12,7 @@ from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
 from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.transfer.registry import host_id
-from ksana_lab.transfer.sender import Sender
+from ksana_lab.transfer.sender import Sender, _look_again_s
 
 
 def test_a_closed_sender_has_no_thread_left():
@@ -36,3 +37,10 @@ def test_a_closed_sender_has_no_thread_left():
     threading.Timer(0.05, go_on.set).start()
     sender.close()
     assert ended
+
+
+@pytest.mark.parametrize(("ready_ns", "start_ns", "pause_us"), [(5_000_000, 1_000_000, 500), (1_000_000, 9_900_000, 20)])
+def test_the_end_of_a_copy_is_seen_late_by_a_tenth_of_it_at_most(ready_ns, start_ns, pause_us):
+    """It begins when its layers are computed, or when it was posted, whichever is later."""
+    flight = SimpleNamespace(piece=SimpleNamespace(ready_ns=ready_ns), start_ns=start_ns)
+    assert 1e6 * _look_again_s(flight, 10_000_000) == pytest.approx(pause_us)
