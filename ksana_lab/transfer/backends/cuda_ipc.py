@@ -33,7 +33,7 @@ _RING_ROWS = 1 << 19  # pieces of all copies under way
 _MAX_TABLES = 8  # prompts whose lists are kept
 _STALL_S = 30.0
 _SCRATCH_BYTES = 32 << 20  # behind the cache in the same allocation: where a new link is measured
-_NUM_BURSTS = 3
+_NUM_BURSTS = 8  # three found 148 GB/s in one start of five, where the link gives 340: the first ones wake it
 _PCIE_BYTES_PER_S = 20e9  # generation 4, 16 lanes
 _SAME_GPU_BYTES_PER_S = 500e9
 # What a burst of _SCRATCH_BYTES reaches between two GPUs of one kind over NVLink, by compute capability; measured on H200 (340 GB/s), a
