@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 import time
 
@@ -16,7 +15,7 @@ from helpers_checkpoint import oracle_greedy, prompts
 from helpers_pair import EnginePair
 from test_transfer_end_to_end import send
 from test_transfer_failures import SLOW, assert_clean, begin, peer_process
-from transfer_nodes import COMM_KEY, Node, make_pair, random_kv, wait_for
+from transfer_nodes import COMM_KEY, Node, freeze, make_pair, random_kv, wait_for
 
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import nccl
@@ -98,11 +97,11 @@ def test_a_frozen_decode_node_holds_nothing_of_p_for_long(monkeypatch):
             p.wait(lambda _: p.connector.stats()["state_sending"] == 1, "announcement")
             p.compute(seq, kv, 0, 16)
             p.wait(lambda _: p.workers[0].stats()["transfers"] > 0, "the first piece")
-            process.send_signal(signal.SIGSTOP)
+            freeze(process.pid)
             p.compute(seq, kv, 16, 64)
             p.finish(seq)
             p.wait(lambda news: seq.seq_id in news.failed, "failure", timeout_s=5)
-            assert not p.connector.connected()
+            wait_for(lambda: not p.connector.connected(), "the end of the session")
             process.kill()
         assert_clean(p)
     finally:

@@ -20,7 +20,7 @@ from helpers_pair import EnginePair
 from test_transfer_end_to_end import send
 from test_transfer_failures import assert_clean, peer_process
 from test_transfer_soak import Side, play
-from transfer_nodes import Node, make_pair, random_kv, wait_for
+from transfer_nodes import Node, freeze, make_pair, random_kv, wait_for
 
 from ksana_lab.config.environment import INSTALL_NIXL
 from ksana_lab.errors import TransferError
@@ -162,7 +162,7 @@ def test_a_decode_node_that_hangs_and_then_dies(monkeypatch):
             endpoint = json.loads(child.stdout.readline())
             link = backend.connect(endpoint, source, 1, Watch(), 10)
             assert link.examine(10).bandwidth > 1e6
-            child.send_signal(signal.SIGSTOP)
+            freeze(child.pid)
             with monkeypatch.context() as patch, pytest.raises(TransferError, match=r"not finished a write within 0.3 s"):
                 patch.setattr(nixl, "_STALL_S", 0.3)
                 link.write(whole, 1).wait(10)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,6 +48,13 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) 
     while not condition():
         assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.001)
+
+
+def freeze(pid: int) -> None:
+    """Stop a process, and wait until it is: on a busy machine its threads go on for a while after the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    stats = [*Path(f"/proc/{pid}/task").glob("*/stat")]
+    wait_for(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats), f"the end of process {pid}'s threads")
 
 
 class Node:
