@@ -38,7 +38,7 @@ from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
 from ksana_lab.core.kv_layout import KVLayout
-from ksana_lab.metrics.latency import PER_REQUEST, tpot_s, ttft_s
+from ksana_lab.metrics.latency import PER_REQUEST, TTFT_PARTS, tpot_s, ttft_s
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.synth import shape, synthesize
 from ksana_lab.protocol.engine import SequenceUpdate
@@ -51,7 +51,6 @@ _BLOCK_SIZE = 16
 _TIMEOUT_S = 60.0
 _CHUNK_TOKENS = 2048  # of the data plane's chunk mode
 _PER_TURN = 2  # requests that count, of each cluster, before the other's turn
-_TTFT_PARTS = ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s", "exposed_transfer_s")
 _STYLES: dict[str, dict[str, Any]] = {  # of a mode in every panel; colours of Okabe and Ito
     "bulk": {"color": "#0072B2", "marker": "o"},
     "chunk": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
@@ -422,7 +421,7 @@ def measure_end_to_end(
                 cluster.close()
         for (name, length), records in seen.items():  # the logs are whole when the nodes have ended
             add_phases(records, Path(folder, name))
-            for part in _TTFT_PARTS:
+            for part in (*TTFT_PARTS, "exposed_transfer_s"):
                 if values := [1e3 * value for record in records if (value := PER_REQUEST[part](record)) is not None]:
                     yield f"part_ms.{part.removesuffix('_s')}.{name}.{length}", "ms", statistics.median(values)
 

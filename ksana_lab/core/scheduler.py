@@ -269,8 +269,10 @@ class Scheduler:
 
     def _is_company_enough(self, step: SchedulerOutput, seq: Sequence) -> bool:
         """``seq`` goes into a later step: this one has a prompt already, and both were too many tokens."""
+        if not self._prefill_step_tokens:
+            return False
         num_tokens = sum(item.num_tokens for item in step.scheduled if item.num_tokens > 1)
-        return bool(self._prefill_step_tokens and num_tokens and num_tokens + seq.num_uncomputed_tokens > self._prefill_step_tokens)
+        return num_tokens > 0 and num_tokens + seq.num_uncomputed_tokens > self._prefill_step_tokens
 
     def _head_of_queue(self) -> Sequence | None:
         if self.preempted:

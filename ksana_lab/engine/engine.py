@@ -154,7 +154,6 @@ class Engine:
         assert self._executor is not None
         self.wakeup.clear()
         self._executor.check()
-        self.flush()
         self._hold()
         out = self.scheduler.schedule(time.monotonic_ns())
         if out.is_empty:

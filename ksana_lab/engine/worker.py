@@ -286,10 +286,10 @@ def _refuse_unsupported(config: EngineConfig, device: torch.device) -> None:
 
 def _explain_slow_launch(command: StepCommand, seconds: float, num_retries: int) -> None:
     """A stall that every request under way has felt, and that no figure of theirs explains."""
-    if not num_retries and seconds < _STALL_S:
-        return
     if num_retries:
         why = f"the allocator had to give memory back and ask anew {num_retries} times: raise reserved_device_memory_ratio"
+    elif seconds < _STALL_S:
+        return
     else:
         why = "no allocation failed, so it was a kernel or a plan made for a shape not seen before, or this processor was taken away"
     log.warning(

@@ -103,6 +103,7 @@ def _between(record: RequestRecord, start: str, end: str) -> float | None:
     return record.phases[end] - record.phases[start]
 
 
+TTFT_PARTS = ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s")  # they add up to ``ttft_s``
 # Name in tables and in an SLO -> function of one record.
 PER_REQUEST: dict[str, Callable[[RequestRecord], float | None]] = {
     "ttft_s": ttft_s,

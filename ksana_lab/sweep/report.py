@@ -11,6 +11,7 @@ import pandas as pd
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.export import has_parquet, load_records, summary_row, to_frame, write_csv, write_parquet
+from ksana_lab.metrics.latency import TTFT_PARTS
 from ksana_lab.metrics.summary import SLO, goodput_rps_per_gpu, summarize
 from ksana_lab.sweep.store import Manifest, read_manifest, read_point
 
@@ -27,7 +28,6 @@ _SHOWN = (
     ("slo_attainment", "attainment", 1, 3),
     ("goodput_rps", "goodput", 1, 3),
 )
-TTFT_PARTS = ("router_path_s", "queueing_s", "prefill_s", "first_token_path_s")
 _NOT_GROUPED = ("rate", "num_requests")  # differ along one curve
 
 

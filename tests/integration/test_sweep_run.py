@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from ksana_lab.metrics.export import load_records
+from ksana_lab.metrics.latency import TTFT_PARTS
 from ksana_lab.models.synth import synthesize
-from ksana_lab.sweep.report import TTFT_PARTS, load_requests, load_results
+from ksana_lab.sweep.report import load_requests, load_results
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SWEEP = {

@@ -54,7 +54,7 @@ def freeze(pid: int) -> None:
     """Stop a process, and wait until it is: on a busy machine its threads go on for a while after the signal."""
     os.kill(pid, signal.SIGSTOP)
     stats = [*Path(f"/proc/{pid}/task").glob("*/stat")]
-    wait_for(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats), f"the end of process {pid}'s threads")
+    wait_for(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats), f"process {pid} to stand still")
 
 
 class Node:
