@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+# Many tests wait, for processes that start and for deadlines: two at a time fill two cores. 0 runs them one after the other.
+TEST_WORKERS ?= 2
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
@@ -34,7 +36,7 @@ demo: $(READY)
 	$(PY) -m ksana_lab.notebook.demo
 
 test: $(READY)
-	$(PY) -m pytest -m 'not gpu and not multi_gpu'
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal -m 'not gpu and not multi_gpu'
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

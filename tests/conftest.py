@@ -1,12 +1,14 @@
-"""What all tests share: GPU tests are skipped with a reason where there is no GPU, and no test reaches a proxy."""
+"""What all tests share: GPU tests are skipped with a reason where there is no GPU, no test reaches a proxy, and children hear Ctrl-C."""
 
 import os
+import signal
 
 import pytest
 
 for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, and so would its children
 
 
 def pytest_collection_modifyitems(items):

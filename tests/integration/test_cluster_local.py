@@ -165,9 +165,8 @@ def test_only_some_of_the_processes(make):
 
 
 SCRIPT = """
-import signal, sys, time
+import sys, time
 from ksana_lab.cluster.local import Cluster
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell's script is born without
 with Cluster.from_yaml(sys.argv[1], model_dir=sys.argv[2], program=(sys.executable, sys.argv[3])) as cluster:
     print(*(p["pid"] for p in cluster.status()["processes"]), *(p for s in cluster.plan.processes for p in s.ports.values()), flush=True)
     time.sleep(600)
