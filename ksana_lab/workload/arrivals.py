@@ -1,7 +1,9 @@
 """When requests are sent: offsets in seconds from the start of a run, the first at 0. Knows nothing of what is sent.
 
 Gaps are Gamma(shape = burstiness, scale = 1 / (rate * burstiness)): 1 is a Poisson process, below 1 burstier, above 1 smoother,
-infinity a constant gap. A ramp is the same process under a change of time, so its rate at time t is exactly the line asked for."""
+infinity a constant gap. They are then scaled so that their mean is that of the rate, as ``vllm bench serve`` does: 40 requests "at 4 per
+second" would else come at anything from 3.2 to 4.8, and what a rate costs would be read off at another. A ramp is the same process under a
+change of time, so its rate at time t is exactly the line asked for."""
 
 from __future__ import annotations
 
@@ -11,11 +13,12 @@ import numpy as np
 
 
 def unit_rate(count: int, burstiness: float, rng: np.random.Generator) -> np.ndarray:
-    """[count] float64, non-decreasing, starting at 0: one request per unit of time on average."""
-    if count == 0:
-        return np.zeros(0)
+    """[count] float64, non-decreasing, from 0 to exactly count - 1: one request per unit of time."""
+    if count < 2:
+        return np.zeros(count)
     gaps = np.ones(count - 1) if math.isinf(burstiness) else rng.gamma(burstiness, 1.0 / burstiness, size=count - 1)
-    return np.concatenate(([0.0], np.cumsum(gaps)))
+    times = np.concatenate(([0.0], np.cumsum(gaps)))
+    return times * ((count - 1) / times[-1]) if times[-1] > 0 else np.arange(count, dtype=np.float64)
 
 
 def steady(count: int, rate: float, burstiness: float, rng: np.random.Generator) -> np.ndarray:

@@ -1,11 +1,11 @@
 """What a run sends, as data: a frozen, YAML-able WorkloadSpec and the requests it stands for.
 
 Same spec and vocabulary, same requests: every random choice comes from ``seed`` through a stream of its own, so that asking for more
-requests, or for a warm-up, leaves the first ones as they were. Knows nothing of HTTP or of time passing: see client.py, loadgen.py."""
+requests, or for a warm-up, leaves the tokens of the first ones as they were (a stratified trace's rows are chosen anew). Knows nothing of
+HTTP or of time passing: see client.py, loadgen.py."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ DEFAULT_VOCAB_SIZE = 256  # a byte-level vocabulary has at least these, so the i
 DEFAULT_PROMPT, DEFAULT_OUTPUT = Fixed(tokens=128), Fixed(tokens=32)
 
 # Names of the random streams derived from the seed. The numbers are part of "same spec, same requests": never renumber.
-_ARRIVALS, _PROMPT_LENGTHS, _OUTPUT_LENGTHS, _TOKENS, _PREFIX, _GROUPS, _CANCEL, _BLOCKS, _WARMUP = range(9)
+_ARRIVALS, _PROMPT_LENGTHS, _OUTPUT_LENGTHS, _TOKENS, _PREFIX, _GROUPS, _CANCEL, _BLOCKS, _WARMUP, _ROWS = range(10)
 
 Endpoint = Literal["generate", "completions", "chat"]
 
@@ -50,6 +50,9 @@ class TraceSource(_Frozen):
     format: Literal["azure", "mooncake", "burstgpt", "sharegpt"] | None = None  # None: from the file
     skip: int = Field(0, ge=0)  # rows before the first one used
     cycle: bool = False  # begin again when more requests are asked for than there are; for rate and users, which have times of their own
+    # recorded: the first rows. stratified: rows from everywhere, one by chance from each of num_requests equal parts of the rows sorted by
+    # prompt, in random order: few requests are then like the whole trace, at every rate, and each seed takes others. For rate and users.
+    order: Literal["recorded", "stratified"] = "recorded"
     tokenizer_dir: str | None = None  # sharegpt only: a model directory with tokenizer.json
 
 
@@ -104,6 +107,8 @@ class WorkloadSpec(_Frozen):
             raise ValueError("say when requests are sent: rate=..., users=... or trace=...")
         if self.trace is not None and self.trace.cycle and self.rate is None and self.users is None:
             raise ValueError("trace.cycle needs rate or users: a trace's times happen once")
+        if self.trace is not None and self.trace.order != "recorded" and self.rate is None and self.users is None:
+            raise ValueError("trace.order: stratified needs rate or users: a trace's times are those of its own order")
         if self.ramp_to is not None and (self.rate is None or math.isinf(self.rate) or math.isinf(self.ramp_to)):
             raise ValueError("ramp_to needs a finite rate to start from, and must be finite")
         if self.time_scale != 1.0 and (self.trace is None or self.rate is not None or self.users is not None):
@@ -205,12 +210,12 @@ class Workload:
 
 
 def _build(spec: WorkloadSpec, vocab_size: int) -> Workload:
-    trace, rows = _trace_rows(spec)
+    trace, rows, turns = _trace_rows(spec)
     count = len(rows) if trace else spec.num_requests or 100
     prompts, outputs = _asked_lengths(spec, trace, rows, count)
     lengths = _clip(spec, prompts, outputs)
     times = _times(spec, trace, rows, count)
-    prompt_ids = _prompts(spec, trace, rows, lengths.prompt, vocab_size)
+    prompt_ids = _prompts(spec, trace, rows, turns, lengths.prompt, vocab_size)
     cancels = _cancels(spec, lengths.output)
     requests = [
         WorkloadRequest(i, None if times is None else float(times[i]), prompt_ids[i], int(lengths.output[i]), spec.seed + i, cancels[i])
@@ -224,20 +229,32 @@ def _rng(spec: WorkloadSpec, *stream: int) -> np.random.Generator:
     return np.random.default_rng((spec.seed, *stream))
 
 
-def _trace_rows(spec: WorkloadSpec) -> tuple[Trace | None, list[TraceRow]]:
+def _trace_rows(spec: WorkloadSpec) -> tuple[Trace | None, list[TraceRow], list[int]]:
+    """The trace, its rows in the order of the requests, and how often each was taken before."""
     if spec.trace is None:
-        return None, []
+        return None, [], []
     source = spec.trace
     trace = read_trace(source.path, source.format, encode=_encoder(source.tokenizer_dir))
-    wanted = len(trace.rows) - source.skip if spec.num_requests is None else spec.num_requests
-    rows = trace.rows[source.skip : source.skip + wanted]
-    if source.cycle and rows:
-        rows = list(itertools.islice(itertools.cycle(trace.rows[source.skip :]), wanted))
-    if not rows or len(rows) < wanted:
+    available = trace.rows[source.skip :]
+    wanted = len(available) if spec.num_requests is None else spec.num_requests
+    if not available or (len(available) < wanted and not source.cycle):
         raise ConfigError(f"trace {source.path} has {len(trace.rows)} requests: cannot take {max(1, wanted)} after skipping {source.skip}")
     if not trace.has_timestamps and spec.rate is None and spec.users is None:
         raise ConfigError(f"trace {source.path} has no times: say rate=... or users=...")
-    return trace, rows
+    picked: list[tuple[TraceRow, int]] = []
+    while len(picked) < wanted:
+        turn, count = len(picked) // len(available), min(len(available), wanted - len(picked))
+        rows = available[:count] if source.order == "recorded" else _stratified(available, count, _rng(spec, _ROWS, turn))
+        picked += [(row, turn) for row in rows]
+    return trace, [row for row, _ in picked], [turn for _, turn in picked]
+
+
+def _stratified(rows: list[TraceRow], count: int, rng: np.random.Generator) -> list[TraceRow]:
+    """``count`` different rows, one from each of ``count`` equal parts of them by the length of the prompt, in random order."""
+    by_length = sorted(rows, key=lambda row: row.prompt_tokens)
+    edges = np.arange(count + 1) * len(rows) // count
+    chosen = edges[:-1] + (rng.random(count) * np.diff(edges)).astype(np.int64)
+    return [by_length[i] for i in rng.permutation(chosen)]
 
 
 def _encoder(tokenizer_dir: str | None) -> Encode | None:
@@ -306,7 +323,9 @@ def _times(spec: WorkloadSpec, trace: Trace | None, rows: list[TraceRow], count:
     return arrivals.steady(count, spec.rate, spec.burstiness, rng)
 
 
-def _prompts(spec: WorkloadSpec, trace: Trace | None, rows: list[TraceRow], lengths: np.ndarray, vocab_size: int) -> list[np.ndarray]:
+def _prompts(
+    spec: WorkloadSpec, trace: Trace | None, rows: list[TraceRow], turns: list[int], lengths: np.ndarray, vocab_size: int
+) -> list[np.ndarray]:
     """One [length] int32 per request, exactly that long."""
     groups = _prefix_groups(spec, len(lengths))
     block = math.ceil(trace.block_tokens * spec.prompt_scale) if trace else 0
@@ -316,7 +335,7 @@ def _prompts(spec: WorkloadSpec, trace: Trace | None, rows: list[TraceRow], leng
         if row is not None and row.prompt_token_ids is not None:
             prompts.append(_from_text(spec, row.prompt_token_ids, length, vocab_size))
         elif row is not None and row.hash_ids:
-            prompts.append(_from_blocks(spec, row.hash_ids, block, length, vocab_size))
+            prompts.append(_from_blocks(spec, row.hash_ids, turns[i], block, length, vocab_size))
         else:
             prompts.append(_random_prompt(spec, i, length, groups[i], vocab_size))
     return prompts
@@ -343,9 +362,11 @@ def _prefix_groups(spec: WorkloadSpec, count: int) -> list[int | None]:
     return [int(group) if is_in else None for group, is_in in zip(groups, shares, strict=True)]
 
 
-def _from_blocks(spec: WorkloadSpec, hash_ids: tuple[int, ...], block: int, length: int, vocab_size: int) -> np.ndarray:
-    """Equal hash ids give equal tokens. Scaling the lengths scales the blocks, so that what was shared stays shared."""
-    ids = np.concatenate([_draw(_rng(spec, _BLOCKS, hash_id), block, vocab_size) for hash_id in hash_ids])
+def _from_blocks(spec: WorkloadSpec, hash_ids: tuple[int, ...], turn: int, block: int, length: int, vocab_size: int) -> np.ndarray:
+    """Equal hash ids give equal tokens, but not in a trace's second turn: else a prefix cache would know all of it. Scaling the lengths
+    scales the blocks, so that what was shared stays shared."""
+    again = (turn,) if turn else ()
+    ids = np.concatenate([_draw(_rng(spec, _BLOCKS, hash_id, *again), block, vocab_size) for hash_id in hash_ids])
     assert len(ids) >= length, (len(ids), length)
     return ids[:length]
 

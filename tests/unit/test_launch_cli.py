@@ -37,12 +37,12 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def node(tmp_path):
-    """A node's options that nothing stands in the way of, on free ports."""
+    """A node's options that nothing stands in the way of, on free ports; no router answers at its router's."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "tokenizer.json").write_text("{}")
-    http, coordinator = free_ports(2)
-    sets = [f"inference_addr=127.0.0.1:{http}", f"coordinator_addr=127.0.0.1:{coordinator}", "device=cpu"]
+    addresses = zip(("inference_addr", "coordinator_addr", "router_addr"), free_ports(3), strict=True)
+    sets = [*(f"{name}=127.0.0.1:{port}" for name, port in addresses), "device=cpu"]
     options = [part for text in sets for part in ("--set", text)]
     return ["--config_file", CONFIGS / "prefill_cpu.yaml", "--model-dir", tmp_path, *options]
 
@@ -138,7 +138,7 @@ def test_a_taken_router_port(run):
 def test_dry_run_of_a_node_prints_configuration_and_plan_and_starts_nothing(run, node):
     code, out, err = run("prefill", *node, "--set", "global.tensor_para_size=2", "--set", "mtp_step_num=2", "--dry-run")
     assert code == 0 and "tensor_parallel_size: 2" in out and "role: prefill" in out
-    assert "rank 1      CPU" in out and "coordinator   tcp://127.0.0.1:" in out and "router        http://127.0.0.1:9080" in out
+    assert "rank 1      CPU" in out and "coordinator   tcp://127.0.0.1:" in out and "router        http://127.0.0.1:" in out
     assert "warning: batch_scheduler.mtp_step_num: 2 is not implemented" in err and "would refuse" not in err
 
 

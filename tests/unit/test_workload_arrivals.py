@@ -19,6 +19,12 @@ def test_gamma_gaps_have_the_asked_mean_and_spread(burstiness):
     assert gaps.std() / gaps.mean() == pytest.approx(1 / math.sqrt(burstiness), rel=0.05)
 
 
+@pytest.mark.parametrize("burstiness", [0.1, 1.0, math.inf])
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_few_requests_come_at_the_asked_rate_too(count, burstiness):
+    assert arrivals.steady(count, 4.0, burstiness, rng())[-1] == pytest.approx((count - 1) / 4)
+
+
 def test_infinite_burstiness_is_a_constant_gap_and_infinite_rate_is_at_once():
     assert arrivals.steady(4, 2.0, math.inf, rng()) == pytest.approx([0, 0.5, 1.0, 1.5])
     assert not arrivals.steady(4, math.inf, 1.0, rng()).any()

@@ -80,13 +80,13 @@ def test_warmup_is_sent_first_and_in_no_result():
 def test_cancelled_requests_hang_up_and_are_marked():
     stub = StubServer(ttft_s=0.005, gap_s=0.25)  # so that a busy machine's client still hangs up before the stub is done
     with stub.serving() as url:
-        records = loadgen.play(url, spec(cancel_share=1.0))
+        report = loadgen.measure(url, spec(cancel_share=1.0))
         deadline, pause = time.monotonic() + 10, threading.Event()
         while stub.num_disconnects < 20 and time.monotonic() < deadline:  # the last hang-up may still be on its way to the stub
             pause.wait(0.005)
-    assert {r.finish_reason for r in records} == {"cancelled"}
+    assert {r.finish_reason for r in report.records} == {"cancelled"} and (report.num_cancelled, report.num_failed) == (20, 0)
     assert stub.num_disconnects == 20
-    assert all(r.num_output_tokens < 5 for r in records)
+    assert all(r.num_output_tokens < 5 for r in report.records)
 
 
 @pytest.mark.parametrize("endpoint", ["generate", "completions"])
@@ -144,6 +144,12 @@ async def test_a_client_that_lags_is_not_trusted(monkeypatch, caplog):
     assert not report.is_trustworthy
     assert "NOT TRUSTWORTHY" in caplog.text
     assert all(r.labels["client_lagged"] for r in report.records)
+
+
+def test_a_loop_that_stands_still_is_late_for_all_that_time():
+    lags = [0.0] * 120 + [0.100]  # once in 1.3 s, for 100 ms
+    assert np.percentile(lags, 99) < loadgen.MAX_LAG_S < np.percentile(loadgen._stamp_lags(lags), 99)
+    assert loadgen._stamp_lags([0.004, 0.025]) == pytest.approx([0.004, 0.025, 0.015, 0.005])
 
 
 def test_the_same_play_twice_repeats_no_request_id():

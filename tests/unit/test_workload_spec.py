@@ -29,9 +29,9 @@ def test_same_spec_same_requests_and_another_seed_others():
 
 
 def test_the_requests_of_a_spec_are_those_of_last_year():
-    request = WorkloadSpec(rate=4, num_requests=2, seed=7).build(vocab_size=1000).requests[1]
+    request = WorkloadSpec(rate=4, num_requests=3, seed=7).build(vocab_size=1000).requests[1]
     assert request.prompt_token_ids[:4].tolist() == [718, 532, 254, 52]
-    assert request.at_s == pytest.approx(0.176882, abs=1e-6)
+    assert request.at_s == pytest.approx(0.204166, abs=1e-6)
 
 
 def test_asking_for_more_or_for_a_warmup_keeps_the_first_requests():
@@ -132,6 +132,36 @@ def test_a_trace_begins_again_where_it_is_told_to():
     assert [r.max_tokens for r in requests[:2]] == [r.max_tokens for r in requests[2:4]]
     with pytest.raises(ConfigError, match="cannot take 5"):
         WorkloadSpec(trace={**trace, "cycle": False}, rate=5, num_requests=5).build()
+
+
+def test_the_second_turn_of_a_trace_shares_no_prompt_with_the_first_and_as_much_within():
+    rows = prompts(trace={**MOONCAKE, "cycle": True}, prompt_scale=1 / 16, rate=9, num_requests=200)
+    heads = [tuple(p[:4]) for p in rows]
+    first, second = set(heads[:100]), set(heads[100:])
+    assert not first & second and len(first) == len(second) < 100
+
+
+def lengths_of(num_requests: int, seed: int, order: str = "stratified") -> list[int]:
+    trace = {**MOONCAKE, "order": order, "cycle": True}
+    workload = WorkloadSpec.from_dict(dict(trace=trace, rate=9, num_requests=num_requests, seed=seed, max_prompt_tokens=15_360)).build()
+    return [r.num_prompt_tokens for r in workload.requests]
+
+
+def test_few_stratified_rows_are_like_the_whole_trace():
+    whole = np.mean(lengths_of(100, 0, "recorded"))
+    assert {round(np.mean(lengths_of(20, seed)) / whole, 1) for seed in range(20)} <= {0.9, 1.0, 1.1}
+    assert abs(np.mean(lengths_of(20, 0, "recorded")) / whole - 1) > 0.2
+
+
+def test_each_seed_takes_other_rows_in_another_order_and_no_row_twice():
+    assert lengths_of(20, 1) != lengths_of(20, 2) != sorted(lengths_of(20, 2))
+    assert sorted(lengths_of(100, 1)) == sorted(lengths_of(100, 0, "recorded"))
+    assert sorted(lengths_of(130, 1)[:100]) == sorted(lengths_of(100, 1))
+
+
+def test_a_stratified_trace_has_no_times_of_its_own():
+    with pytest.raises(ConfigError, match=r"trace\.order: stratified needs rate or users"):
+        WorkloadSpec.from_dict({"trace": {**AZURE, "order": "stratified"}})
 
 
 def test_a_trace_does_not_happen_twice_at_its_own_times():
