@@ -62,7 +62,8 @@ class Driver:
             raise TransferError(f"{name} failed with {code}: {(text.value or b'unknown error').decode()}")
 
     @contextmanager
-    def _on(self, device: int) -> Iterator[None]:
+    def on(self, device: int) -> Iterator[None]:
+        """The device's primary context is current on this thread."""
         context = self._contexts.get(device)
         if context is None:
             handle, context = ctypes.c_int(), ctypes.c_void_p()
@@ -78,20 +79,20 @@ class Driver:
     def alloc(self, nbytes: int, device: int) -> int:
         """Address of ``nbytes`` of plain device memory, zeroed."""
         address = _ptr()
-        with self._on(device):
+        with self.on(device):
             self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
             self._call("cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(nbytes))
             self._call("cuCtxSynchronize")
         return address.value
 
     def free(self, address: int, device: int) -> None:
-        with self._on(device):
+        with self.on(device):
             self._call("cuMemFree_v2", _ptr(address))
 
     def export(self, address: int, device: int) -> bytes:
         """A handle (64 bytes) that another process of this host opens. ``address`` must come from ``alloc``."""
         handle = IpcHandle()
-        with self._on(device):
+        with self.on(device):
             self._call("cuIpcGetMemHandle", ctypes.byref(handle), _ptr(address))
         return bytes(handle)
 
@@ -100,24 +101,24 @@ class Driver:
         if len(exported) != HANDLE_BYTES:
             raise TransferError(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, got {len(exported)}")
         handle, address = IpcHandle.from_buffer_copy(exported), _ptr()
-        with self._on(device):
+        with self.on(device):
             self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
         return address.value
 
     def close(self, address: int, device: int) -> None:
         """Unmap what ``open`` mapped. No copy into it may be under way."""
-        with self._on(device):
+        with self.on(device):
             self._call("cuIpcCloseMemHandle", _ptr(address))
 
     def has_peer_atomics(self, device: int, peer: int) -> bool:
         """Whether ``device`` has native atomics on ``peer``'s memory: over NVLink it has."""
         value = ctypes.c_int()
-        with self._on(device):
+        with self.on(device):
             self._call("cuDeviceGetP2PAttribute", ctypes.byref(value), _NATIVE_ATOMICS, device, peer)
         return bool(value.value)
 
     def copy_async(self, dst: int, src: int, nbytes: int, stream: int, device: int) -> None:
-        with self._on(device):
+        with self.on(device):
             self._call("cuMemcpyAsync", _ptr(dst), _ptr(src), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream))
 
     @property
@@ -130,7 +131,7 @@ class Driver:
         ``stream`` is not the default one."""
         assert dsts.dtype == srcs.dtype == sizes.dtype == np.uint64 and len(dsts) == len(srcs) == len(sizes)
         attributes, first = _CopyAttributes(order=_STREAM_ORDER, flags=_BESIDE_COMPUTE), ctypes.c_size_t(0)
-        with self._on(device):
+        with self.on(device):
             self._call(
                 "cuMemcpyBatchAsync_v2", _address(dsts), _address(srcs), _address(sizes), ctypes.c_size_t(len(sizes)),
                 ctypes.byref(attributes), ctypes.byref(first), ctypes.c_size_t(1), ctypes.c_void_p(stream),

@@ -34,6 +34,10 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def num_cached_tokens(self, seq: Sequence) -> int:
+        """How many of its first tokens ``allocate`` would find in the prefix cache now."""
+        return len(self._find_prefix(seq)) * self.block_size
+
     def allocate(self, seq: Sequence, num_tokens: int, *, reserve: int = 0) -> bool:
         """Give a sequence without blocks the blocks for its first ``num_tokens`` tokens, sharing those of a cached prefix, and set
         ``num_computed_tokens`` to what they hold. At least one token is always left to compute: its logits are needed. One that is

@@ -268,11 +268,15 @@ class Scheduler:
                 budget -= self._include(step, seq, budget, is_first=True)
 
     def _is_company_enough(self, step: SchedulerOutput, seq: Sequence) -> bool:
-        """``seq`` goes into a later step: this one has a prompt already, and both were too many tokens."""
+        """``seq`` goes into a later step: this one has a prompt already, and both were too many tokens to compute."""
         if not self._prefill_step_tokens:
             return False
         num_tokens = sum(item.num_tokens for item in step.scheduled if item.num_tokens > 1)
-        return num_tokens > 0 and num_tokens + seq.num_uncomputed_tokens > self._prefill_step_tokens
+        return num_tokens > 0 and num_tokens + self._num_tokens_of_first_chunk(seq) > self._prefill_step_tokens
+
+    def _num_tokens_of_first_chunk(self, seq: Sequence) -> int:
+        num_computed = max(seq.num_computed_tokens, self.blocks.num_cached_tokens(seq))
+        return min(seq.num_tokens - num_computed, self.options.prefill_chunk_tokens or seq.num_tokens)
 
     def _head_of_queue(self) -> Sequence | None:
         if self.preempted:

@@ -160,7 +160,7 @@ class Engine:
             self._executor.skip(out)
         else:
             self._inflight.append(self._submit(out))
-            self.flush()
+        self.flush()  # before waiting for the device
         self.is_busy = bool(self._inflight)
         if self._inflight and (out.is_empty or len(self._inflight) > self._depth):
             self._finish_step()

@@ -141,16 +141,20 @@ class ModelRunner:
         graphs = PrefillGraphs(
             self.model, self.backend, self._kv_layers, max_num_tokens=max_num_tokens, max_num_blocks=self.batch.max_num_blocks
         )
-        try:
-            graphs.capture()
-            is_right = graphs.prove()
-        except Exception as error:  # what does not run here must not keep the node from starting
-            log.warning("prefill is not replayed: %s: %s", type(error).__name__, error)
-            is_right = False
-        if all(answer == b"yes" for answer in self.model.tp.exchange(b"yes" if is_right else b"no")):
+        # All ranks go on, or none: what they prove holds sums over all of them.
+        if self._all_ranks(graphs.capture) and self._all_ranks(graphs.prove):
             self._prefill_graphs = graphs
         else:
             graphs.close()
+
+    def _all_ranks(self, do: Callable[[], bool | None]) -> bool:
+        """Whether ``do`` worked on every rank, here and elsewhere; what does not run must not keep the node from starting."""
+        try:
+            is_right = do() is not False
+        except Exception as error:
+            log.warning("prefill is not replayed: %s: %s", type(error).__name__, error)
+            is_right = False
+        return all(answer == b"yes" for answer in self.model.tp.exchange(b"yes" if is_right else b"no"))
 
     @torch.inference_mode()
     def execute(self, command: StepCommand) -> PendingTokens:

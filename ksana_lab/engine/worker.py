@@ -113,7 +113,7 @@ class Worker:
         size = config.parallel.tensor_parallel_size
         self.tp = TPGroup.connect(rank, size, init_method, backend=backend, while_waiting=while_waiting)
         self.connector: WorkerConnector | None = None
-        self._num_retries = 0  # of the allocator, when last looked at
+        self._num_retries = 0  # of the allocator, when last looked at; at first when the engine was ready
         self.host_blocks: HostBlocks | None = None
         try:
             if _BY_SIZE_VARIABLE in os.environ and config.runtime.all_reduce == "by_size":
@@ -174,6 +174,7 @@ class Worker:
         self.runner.peers_write = self.config.connector.role is Role.DECODE
         if self.device.type == "cuda":
             self._warm_up()
+            self._num_retries = self._count_retries()
         log.info("rank %d on %s: %d KV blocks of %d tokens, %d MiB", self.rank, self.device, num_blocks, self.kv_layout.block_size,
                  self.kv_layout.total_bytes >> 20)  # fmt: skip
 
@@ -213,10 +214,13 @@ class Worker:
         begin_s = time.monotonic()
         pending = self.runner.execute(command)
         if self.device.type == "cuda" and (seconds := time.monotonic() - begin_s) > _SLOW_LAUNCH_S:
-            num_retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+            num_retries = self._count_retries()
             _explain_slow_launch(command, seconds, num_retries - self._num_retries)
             self._num_retries = num_retries
         return pending
+
+    def _count_retries(self) -> int:
+        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
 
     def check(self) -> None:
         """Raises KsanaLabError when this rank's connector has died (TransferError), or a peer stayed away. Never blocks."""
@@ -287,7 +291,7 @@ def _refuse_unsupported(config: EngineConfig, device: torch.device) -> None:
 def _explain_slow_launch(command: StepCommand, seconds: float, num_retries: int) -> None:
     """A stall that every request under way has felt, and that no figure of theirs explains."""
     if num_retries:
-        why = f"the allocator had to give memory back and ask anew {num_retries} times: raise reserved_device_memory_ratio"
+        why = f"the allocator gave memory back and asked anew {num_retries} times since the last one: raise reserved_device_memory_ratio"
     elif seconds < _STALL_S:
         return
     else:

@@ -69,6 +69,11 @@ def beside_s(num_pieces: int, computing_s: float) -> float:
     return _AWAKE * computing_s * (1 - math.exp(-(num_pieces - 1) / _PIECES_AWAKE))
 
 
+def bulk_minimum(option: str, bulk_below: int | None) -> int:
+    """Tokens below which a prompt goes in bulk; None: AUTO_BULK_TOKENS under ``auto``, no minimum else."""
+    return (AUTO_BULK_TOKENS if option == "auto" else 0) if bulk_below is None else bulk_below
+
+
 def choose_mode(
     option: str,
     layers_per_chunk: int,
@@ -81,13 +86,11 @@ def choose_mode(
 ) -> tuple[Mode, Schedule]:
     """(mode, schedule) for a prompt of which ``num_tokens`` are to be sent, ``layer_bytes`` per layer.
 
-    Shorter than ``bulk_below`` goes in bulk in every mode (None: AUTO_BULK_TOKENS under ``auto``, no minimum else). ``layer`` sends equal
-    groups of ``layers_per_chunk``. ``auto`` takes, of bulk and the growing schedules whose pieces can be handled in 10% of the computing,
-    the one that makes the prompt latest by least, exposed time and ``beside_s`` together; without measurements, groups of at least
-    AUTO_PIECE_BYTES."""
+    Shorter than ``bulk_minimum`` goes in bulk in every mode. ``layer`` sends equal groups of ``layers_per_chunk``. ``auto`` takes, of bulk
+    and the growing schedules whose pieces can be handled in 10% of the computing, the one that makes the prompt late by least, exposed
+    time and ``beside_s`` together; without measurements, groups of at least AUTO_PIECE_BYTES."""
     bulk: tuple[Mode, Schedule] = ("bulk", (num_layers,))
-    minimum = (AUTO_BULK_TOKENS if option == "auto" else 0) if bulk_below is None else bulk_below
-    if num_tokens < minimum or option == "bulk":
+    if num_tokens < bulk_minimum(option, bulk_below) or option == "bulk":
         return bulk
     if option != "auto":
         return ("layer", equal(num_layers, layers_per_chunk)) if option == "layer" else ("chunk", (num_layers,))

@@ -33,7 +33,7 @@ from ksana_lab.transfer.link import Pacer, Pacers
 from ksana_lab.transfer.outgoing import Outgoing, Piece, Route, Step
 from ksana_lab.transfer.plan import HeadSlice, between, cells, copies, head_slices, rank_layout, shifted, slice_bytes
 from ksana_lab.transfer.registry import host_id, needs_one_host
-from ksana_lab.transfer.schedule import Speeds, choose_mode
+from ksana_lab.transfer.schedule import Speeds, bulk_minimum, choose_mode
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,11 @@ _CLOSE_S = 5.0
 _KEEP = 0.8  # of the old value in a running mean
 _NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is its owner's alone
 # A copy that a device is making is looked at when it has gone on for so much longer than at the last look: looking takes the interpreter's
-# lock, and the model's thread has the prompt's token to bring home just then.
-_POLL_DEVICE_S, _POLL_SHARE = 20e-6, 0.1
+# lock, and the model's thread has the prompt's token to bring home just then. At least once a millisecond: D's first step waits for it.
+_POLL_DEVICE_S, _POLL_SHARE, _MAX_POLL_S = 20e-6, 0.1, 1e-3
+# Layers are computed faster than enqueued, so by the time a prompt's announcement says which of them end a piece, all may be enqueued, and
+# nobody would be woken before the last. While an announcement may still come, the end of every so many layers is waited for.
+_LAYERS_UNTIL_ANNOUNCED = 4
 
 
 @dataclass(eq=False)
@@ -142,7 +145,7 @@ class Sender:
         self._helpers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that run are kept by threading itself
         self._helpers_lock = threading.Lock()
         self._steps: dict[int, Step] = {}
-        # Layers after which somebody's piece ends. Read without the lock: who reads an old one is woken too often, or with the step's end.
+        # Layers after which somebody's piece ends, or may end. Read without the lock: who reads an old one is woken too often, or later.
         self._awaited: frozenset[int] = frozenset()
         self._next_step = 0
         self._next_token = 0
@@ -154,7 +157,6 @@ class Sender:
             ),
             0.0,
         )  # fmt: skip
-        self._reports: dict[str, LinkReport] = {}  # by "peer.rank"
         self._layer_s_per_token = 0.0  # computing, as measured; 0 = not yet
         self._post_s = 0.0  # handing one piece to a backend that returns at once
         is_cuda = cache.device.type == "cuda"
@@ -180,6 +182,7 @@ class Sender:
             self._steps[number] = step
             for send in sends:
                 self._add(send, step)
+            self._set_awaited()
         self._tracker.begin_step(number)
 
     def layer_done(self, layer: int) -> None:
@@ -197,18 +200,31 @@ class Sender:
     def _on_layers(self, number: int, ready_ns: list[int]) -> None:
         with self._lock:
             step = self._steps[number]
+            news = range(step.num_ready + 1, step.num_ready + 1 + len(ready_ns))  # layers, counted from 1
             step.ready_ns += ready_ns
+            is_awaited = step.is_done or not self._awaited.isdisjoint(news)
             if step.is_done:
                 del self._steps[number]
                 self._learn(step)
                 self._report_sent([out for out in self._outgoing.values() if out.chunks and out.chunks[-1].step is step], ready_ns[-1])
-            if step.is_done or step.num_ready in self._awaited:
+                self._set_awaited()
+            if is_awaited:
                 self._wake_senders()
 
     def _set_awaited(self) -> None:
-        """Under the lock, when a prompt comes or goes."""
-        schedules = (out.schedule for out in self._outgoing.values() if out.target is not None and out.mode == "layer")
-        self._awaited = frozenset(end for schedule in schedules for end in schedule)
+        """Under the lock, when a prompt or its announcement comes, and when a step is over."""
+        awaited: set[int] = set()
+        for out in self._outgoing.values():
+            if out.target is not None and out.mode == "layer":
+                awaited.update(out.schedule)
+            elif out.target is None and not out.chunks[-1].step.is_done and self._may_go_by_layers(out):
+                awaited.update(range(_LAYERS_UNTIL_ANNOUNCED, self._layout.num_layers, _LAYERS_UNTIL_ANNOUNCED))
+        self._awaited = frozenset(awaited)
+
+    def _may_go_by_layers(self, out: Outgoing[_PeerLink]) -> bool:
+        """As far as is known without its announcement."""
+        option, most = self._options.transfer_mode, out.chunks[-1].end
+        return option in ("layer", "auto") and not (out.is_complete and most < bulk_minimum(option, self._options.bulk_below_tokens))
 
     def _learn(self, step: Step) -> None:
         """How fast this node computes; a step's first layer is left out, since work before it counts there."""
@@ -307,7 +323,8 @@ class Sender:
 
     def stats(self) -> dict[str, float]:
         with self._lock:
-            counters, reports = dict(self._counters), list(self._reports.values())
+            links = [link for peer in self._peers.values() for link in peer.links.values()]
+            counters, reports = dict(self._counters), [link.report for link in links if link.report is not None and not link.is_lost]
         if reports:
             counters["link_bytes_per_s"] = min(report.bandwidth for report in reports)
             counters["link_round_trip_s"] = max(report.round_trip_s for report in reports)
@@ -387,8 +404,6 @@ class Sender:
             "link", "transfer", peer=where, backend=name, path=report.path, bandwidth=report.bandwidth,
             round_trip_s=report.round_trip_s, expected=report.expected,
         )  # fmt: skip
-        with self._lock:
-            self._reports[where] = report
         return report
 
     def _reach(self, endpoint: wire.Endpoint, message: wire.ConnectPeer, link: _PeerLink) -> Link:
@@ -514,6 +529,8 @@ class Sender:
         return slice_bytes(self._layout, link.slices, end - start, num_layers)
 
     def _is_written(self, link: _PeerLink, flight: _Flight) -> bool:
+        if flight.is_written:  # and measured; an emulated link makes it wait on
+            return True
         try:
             if not all(ticket.done() for ticket in flight.tickets):
                 return False
@@ -746,7 +763,8 @@ class _SendThread(threading.Thread):
 
 def _look_again_s(flight: _Flight, now_ns: int) -> float:
     """How late the end of the copy of ``flight``, whose layers are computed, may be seen."""
-    return max(_POLL_DEVICE_S, _POLL_SHARE * (now_ns - max(flight.piece.ready_ns, flight.start_ns)) / 1e9)
+    age_s = (now_ns - max(flight.piece.ready_ns, flight.start_ns)) / 1e9
+    return min(max(_POLL_DEVICE_S, _POLL_SHARE * age_s), _MAX_POLL_S)
 
 
 def _close_all(links: Sequence[Link]) -> None:

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 WHOLE = 64 << 20
+# NIXL refuses to start without it where there is an NVIDIA GPU, for caches in host memory too.
+AND_CUDA = ",cuda_copy" if torch.cuda.is_available() else ""
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def tracker_enabled(monkeypatch):
 
 @pytest.fixture(params=["tcp", "shm,tcp"])  # UCX always wants a transport that can carry its own messages
 def transports(request, monkeypatch):
-    monkeypatch.setenv("UCX_TLS", request.param)
+    monkeypatch.setenv("UCX_TLS", request.param + AND_CUDA)
 
 
 # ---- tokens and bytes -------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def process(*command: str):
 
 
 def test_nothing_of_a_killed_p_arrives_once_it_no_longer_counts_as_a_writer(monkeypatch):
-    monkeypatch.setenv("UCX_TLS", "tcp")  # bytes wait in D's own socket
+    monkeypatch.setenv("UCX_TLS", "tcp" + AND_CUDA)  # bytes wait in D's own socket
     watch, backend = Watch(), nixl.NixlBackend("127.0.0.1")
     try:
         cache = backend.allocate(WHOLE, torch.device("cpu"))
@@ -153,7 +155,7 @@ def test_nothing_of_a_killed_p_arrives_once_it_no_longer_counts_as_a_writer(monk
 
 
 def test_a_decode_node_that_hangs_and_then_dies(monkeypatch):
-    monkeypatch.setenv("UCX_TLS", "tcp")  # the one that needs D's help
+    monkeypatch.setenv("UCX_TLS", "tcp" + AND_CUDA)  # the one that needs D's help
     monkeypatch.setattr(nixl, "_CLOSE_S", 0.1)
     whole, source = np.array([[0, 0, WHOLE]], np.int64), torch.ones(WHOLE, dtype=torch.uint8)
     backend = nixl.NixlBackend("127.0.0.1")

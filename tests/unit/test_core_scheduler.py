@@ -276,6 +276,21 @@ def test_a_prefill_node_s_step_takes_more_than_one_prompt_up_to_a_bound(role, op
     assert ran(sched.schedule(0)) == first
 
 
+def test_what_a_prefill_node_finds_in_its_cache_does_not_count_for_the_bound():
+    sched = scheduler(num_blocks=2000, role=Role.PREFILL, max_num_batched_tokens=8192, caching=True)
+    shared = [7] * 3000
+    add(sched, sequence(0, shared, max_tokens=1))
+    FakeWorkers(sched).drain()
+    add(sched, *(sequence(i, [*shared, *[i] * 50]) for i in range(1, 9)))
+    assert len(ran(sched.schedule(0))) == 8
+
+
+def test_of_a_prompt_in_chunks_the_first_counts_for_the_bound_of_a_prefill_node_s_step():
+    sched = scheduler(num_blocks=5000, role=Role.PREFILL, max_num_batched_tokens=8192, prefill_chunk_tokens=512)
+    add(sched, *(sequence(i, 3000) for i in range(5)))
+    assert ran(sched.schedule(0)) == {i: 512 for i in range(4)}
+
+
 def test_a_prompt_above_the_bound_of_a_prefill_node_s_step_runs_whole_and_alone():
     sched = scheduler(num_blocks=2000, role=Role.PREFILL, max_num_batched_tokens=8192)
     add(sched, sequence(0, 5000), sequence(1, 5))

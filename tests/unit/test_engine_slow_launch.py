@@ -15,7 +15,7 @@ COMMAND = StepCommand(7, [], [], {}, [1, 2], [0, 0], [1149, 996], [True, True])
 @pytest.mark.parametrize(
     ("seconds", "retries", "says"),
     [
-        (0.8, 3, "3 times: raise reserved_device_memory_ratio"),
+        (0.8, 3, "3 times since the last one: raise reserved_device_memory_ratio"),
         (0.8, 0, "a shape not seen before"),
         (0.3, 3, "3 times"),
         (0.3, 0, None),
