@@ -152,7 +152,7 @@ class Store:
             "environment.json": _json({"code_version": columns["code_version"], **capture()}),
             "report.json": _json(report_facts(report)),
             "summary.json": _json({name: value if name != "slo" else slo and vars(slo) for name, value in _plain(summary).items()}),
-            "vllm.json": _json({**_vllm_context(point, columns), **vllm_result(report.records, summary)}),
+            "vllm.json": _json({**_vllm_context(point), **vllm_result(report.records, summary)}),
             "point.json": _json(
                 {
                     "ksana_lab_run": VERSION,
@@ -236,13 +236,12 @@ def report_facts(report: LoadReport) -> dict[str, Any]:
     }
 
 
-def _vllm_context(point: SweepPoint, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that vLLM writes before the numbers."""
+def _vllm_context(point: SweepPoint) -> dict[str, Any]:
+    """The keys by which vLLM says what was run."""
     workload = point.workload
     return {
         "backend": "ksana_lab",
         "model_id": point.setup.cluster.model_dir,
-        "num_prompts": columns.get("num_requests"),
         "request_rate": workload.rate if workload.rate is None or workload.rate != float("inf") else "inf",
         "burstiness": workload.burstiness if workload.burstiness != float("inf") else "inf",
         "max_concurrency": workload.users,

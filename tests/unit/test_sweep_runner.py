@@ -40,7 +40,7 @@ def test_a_runs_folder_holds_all_of_it(tmp_path):
     assert names <= {path.name for path in folder.iterdir()}
     environment, vllm = (json.loads((folder / name).read_text()) for name in ("environment.json", "vllm.json"))
     assert {"git_commit", "git_dirty", "versions", "host", "cpu", "gpus", "variables", "code_version"} <= environment.keys()
-    assert (vllm["completed"], vllm["request_rate"]) == (5, 4.0)
+    assert (vllm["num_prompts"], vllm["completed"], vllm["request_rate"]) == (5, 5, 4.0)
     assert WorkloadSpec.from_yaml(folder / "workload.yaml").seed == row["seed"]
     assert len(load_records(folder / "records.jsonl")) == 5
     assert json.loads((folder / "report.json").read_text())["is_trustworthy"] is True
