@@ -15,11 +15,9 @@ from ksana_lab.metrics.latency import TTFT_PARTS
 from ksana_lab.metrics.summary import SLO, goodput_rps_per_gpu, summarize
 from ksana_lab.sweep.store import Manifest, read_manifest, read_point
 
-# What a person looks at first: column, its title, factor, digits.
-_SHOWN = (
-    ("rate", "rate", 1, 3),
-    ("num_completed", "ok", 1, 0),
-    ("num_failed", "failed", 1, 0),
+# What a person looks at first, of all repeats together: a count's sum, by its title; the mean of the rest, with factor and digits.
+_COUNTED = {"num_completed": "ok", "num_failed": "failed", "num_cancelled": "cancelled"}
+_AVERAGED = (
     ("ttft_s_p50", "TTFT p50 ms", 1e3, 1),
     ("ttft_s_p99", "TTFT p99 ms", 1e3, 1),
     ("tpot_s_p50", "TPOT p50 ms", 1e3, 2),
@@ -93,18 +91,21 @@ def goodput(runs: pd.DataFrame, axes: Sequence[str] = (), *, target: float = 0.9
 
 
 def markdown(runs: pd.DataFrame, axes: Sequence[str] = ()) -> str:
-    """A table of runs for people: latencies in ms, repeats averaged; a star where a client did not keep up."""
+    """A table of runs for people: of the repeats counts are added up, all else (latencies in ms) is averaged; a star where a client did not
+    keep up."""
     if runs.empty:
         return "no finished runs\n"
     by = list(dict.fromkeys(["system", "split", *(axis for axis in axes if axis in runs), "rate"]))
     rows = []
+    counted = {name: title for name, title in _COUNTED.items() if name in runs and (name != "num_cancelled" or runs[name].any())}
     curve = runs.groupby([name for name in by if name != "rate"], sort=False, dropna=False).ngroup()
     runs = runs.assign(curve=curve).sort_values(["curve", "rate"], kind="stable")  # a search tries rates out of order
     for names, group in runs.groupby(by, sort=False, dropna=False):
         row = {name: "-" if pd.isna(label) else _number(label) for name, label in zip(by, names, strict=True)}
         row["runs"] = f"{len(group)}{'' if group['is_trustworthy'].all() else ' *'}"
-        for column, title, factor, digits in _SHOWN:
-            if column in group and column != "rate" and group[column].notna().any():
+        row |= {title: f"{group[column].sum():.0f}" for column, title in counted.items()}
+        for column, title, factor, digits in _AVERAGED:
+            if column in group and group[column].notna().any():
                 row[title] = f"{group[column].mean() * factor:.{digits}f}"
         rows.append(row)
     table = pd.DataFrame(rows).fillna("-")
