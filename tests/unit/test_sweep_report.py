@@ -65,6 +65,14 @@ def test_one_failed_request_in_three_repeats_is_not_rounded_away(tmp_path):
     assert "| ok | failed | cancelled |" in lines[0] and "| 13 | 0 | 2 |" in lines[2]
 
 
+def test_a_folder_that_names_its_runs_by_id_alone_is_still_read(done):
+    path = done / "sweep.json"
+    manifest, before = json.loads(path.read_text()), load_results(done)
+    runs = manifest.pop("runs")
+    path.write_text(json.dumps({**manifest, "run_ids": list(runs)}))
+    pd.testing.assert_frame_equal(load_results(done), before)
+
+
 def test_results_of_another_version_are_refused_in_one_line(done):
     path = done / "sweep.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ksana_lab_sweep": 0}))
