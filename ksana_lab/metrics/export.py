@@ -118,8 +118,10 @@ def load_records(path: str | Path) -> list[RequestRecord]:
 def vllm_result(records: Sequence[RequestRecord], summary: Summary) -> dict[str, Any]:
     """The keys of ``vllm bench serve --save-result --save-detailed``; latencies in milliseconds, lists in seconds as vLLM has them.
 
-    Every record has one place in ``input_lens``, ``output_lens``, ``ttfts``, ``itls``, ``errors``, in the order given."""
+    Every record has one place in ``input_lens``, ``output_lens``, ``ttfts``, ``itls``, ``generated_texts``, ``errors``, in the order given.
+    As in vLLM, a request that did not complete has 0 output tokens, so that ``output_lens`` adds up to ``total_output_tokens``."""
     result: dict[str, Any] = {
+        "num_prompts": summary.num_requests,
         "completed": summary.num_completed,
         "failed": summary.num_failed,
         "duration": summary.duration_s,
@@ -133,9 +135,10 @@ def vllm_result(records: Sequence[RequestRecord], summary: Summary) -> dict[str,
     for name, values in (("ttft", summary.ttft_s), ("tpot", summary.tpot_s), ("itl", summary.itl_s), ("e2el", summary.e2e_s)):
         result |= _milliseconds(name, values)
     result["input_lens"] = [r.num_prompt_tokens for r in records]
-    result["output_lens"] = [r.num_output_tokens for r in records]
+    result["output_lens"] = [r.num_output_tokens if r.is_ok else 0 for r in records]
     result["ttfts"] = [latency.ttft_s(r) or 0.0 for r in records]  # vLLM writes 0.0 for a request without a first token
     result["itls"] = [latency.itl_s(r) for r in records]
+    result["generated_texts"] = [r.text or "" for r in records]
     result["errors"] = [r.error or "" for r in records]
     return result
 

@@ -17,7 +17,7 @@ from ksana_lab import log as log_format
 from ksana_lab.config.environment import drop_proxies
 from ksana_lab.errors import CheckpointError, ConfigError
 from ksana_lab.metrics.export import INSTALL_PARQUET, has_parquet
-from ksana_lab.sweep.report import markdown
+from ksana_lab.sweep.report import markdown, notes
 from ksana_lab.sweep.runner import Sweep
 from ksana_lab.workload import loadgen
 
@@ -52,6 +52,8 @@ def _run(sweep: Sweep) -> int:
     print(sweep.describe().splitlines()[0], flush=True)
     runs = sweep.run_sync(on_progress=None if sys.stderr.isatty() else lambda step: print(f"{step.state}: {step.point}", flush=True))
     print(f"\n{markdown(runs, [axis.name for axis in sweep.space.axes])}")
+    for note in notes(sweep.folder):
+        print(f"{note}\n")
     print(f"results   {sweep.folder}: results.md, results.csv, requests.csv, and a folder per run in runs/")
     if not has_parquet():
         print(f"          as Parquet, too, with pyarrow: {INSTALL_PARQUET}")

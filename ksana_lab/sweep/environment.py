@@ -9,7 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,31 @@ def capture() -> dict[str, Any]:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "gpus": _gpus(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
+    }
+
+
+def differences(environments: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:
+    """Machines and software that one would not average over, where they are not the same in all: ``{"torch": {"2.5.1": 6, "2.6.0": 2}}``,
+    values in the order in which they were first seen. Takes what ``capture`` gives, and ``code_version`` beside it."""
+    seen: dict[str, Counter[str]] = {}
+    for environment in environments:
+        for name, value in _traits(environment).items():
+            seen.setdefault(name, Counter())[value] += 1
+    return {name: values for name, values in seen.items() if len(values) > 1}
+
+
+def _traits(environment: Mapping[str, Any]) -> dict[str, str]:
+    gpus = [[part.strip() for part in line.split(",")] for line in environment.get("gpus") or []]
+    counts = Counter(name for name, *_ in gpus)
+    changed = " with changes" if environment.get("git_dirty") else ""
+    return {
+        "GPUs": ", ".join(f"{count} × {name}" for name, count in counts.items()) or "none",
+        "driver": ", ".join(dict.fromkeys(line[-1] for line in gpus)) or "none",
+        "torch": str(environment.get("versions", {}).get("torch")),
+        "host": str(environment.get("host")),
+        "CPU": f"{environment.get('cpu')}, {environment.get('num_usable_cores')} cores",
+        "source": str(environment.get("code_version")),
+        "commit": f"{str(environment.get('git_commit'))[:10]}{changed}",
     }
 
 

@@ -13,13 +13,12 @@ from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.export import has_parquet, load_records, summary_row, to_frame, write_csv, write_parquet
 from ksana_lab.metrics.latency import TTFT_PARTS
 from ksana_lab.metrics.summary import SLO, goodput_rps_per_gpu, summarize
-from ksana_lab.sweep.store import Manifest, read_manifest, read_point
+from ksana_lab.sweep.environment import differences
+from ksana_lab.sweep.store import Manifest, other_runs, read_environment, read_manifest, read_point
 
-# What a person looks at first: column, its title, factor, digits.
-_SHOWN = (
-    ("rate", "rate", 1, 3),
-    ("num_completed", "ok", 1, 0),
-    ("num_failed", "failed", 1, 0),
+# What a person looks at first, of all repeats together: a count's sum, by its title; the mean of the rest, with factor and digits.
+_COUNTED = {"num_completed": "ok", "num_failed": "failed", "num_cancelled": "cancelled"}
+_AVERAGED = (
     ("ttft_s_p50", "TTFT p50 ms", 1e3, 1),
     ("ttft_s_p99", "TTFT p99 ms", 1e3, 1),
     ("tpot_s_p50", "TPOT p50 ms", 1e3, 2),
@@ -32,9 +31,9 @@ _NOT_GROUPED = ("rate", "num_requests")  # differ along one curve
 
 
 def load_results(folder: str | Path, *, slo: SLO | None = None) -> pd.DataFrame:
-    """One row per finished run: what it was (``run_id system split rate repeat seed num_gpus transfer_mode``, the axes), what came out
-    (``summary_row``), whether the client kept up (``is_trustworthy``), and its ``folder``. Goodput and attainment are under ``slo``; None =
-    the sweep's own.
+    """One row per finished run of the sweep as it was last started: what that calls it (``run_id system split rate repeat seed num_gpus
+    transfer_mode``, the axes), what came out (``summary_row``), whether the client kept up (``is_trustworthy``), and its ``folder``.
+    Goodput and attainment are under ``slo``; None = the sweep's own.
 
     Raises ConfigError for a folder that holds no sweep, or one of another version."""
     folder = Path(folder)
@@ -46,17 +45,20 @@ def load_results(folder: str | Path, *, slo: SLO | None = None) -> pd.DataFrame:
         path = folder / "runs" / run_id
         same_slo = point["slo"] == (bounds and vars(bounds))
         measured = point["summary"] if same_slo else summary_row(summarize(load_records(path / "records.jsonl"), slo=bounds))
-        rows.append({"run_id": run_id, **measured, **point["columns"], "folder": str(path)})
+        rows.append({"run_id": run_id, **measured, **manifest.columns(point), "folder": str(path)})
     return pd.DataFrame(rows)
 
 
 def load_requests(folder: str | Path) -> pd.DataFrame:
     """One row per request of every finished run, with the run's columns (``system split rate …``) in each. Raises as ``load_results``."""
     folder = Path(folder)
-    frames = []
-    for run_id in _finished(folder, read_manifest(folder)):
-        columns = read_point(folder, run_id)["columns"]
-        frames.append(to_frame(load_records(folder / "runs" / run_id / "records.jsonl"), run_id=run_id, **columns))
+    manifest, frames = read_manifest(folder), []
+    for run_id in _finished(folder, manifest):
+        point = read_point(folder, run_id)
+        records = load_records(folder / "runs" / run_id / "records.jsonl")
+        for record in records:  # they carry what their run was called when it was made
+            record.labels = {name: label for name, label in record.labels.items() if name not in point["columns"]}
+        frames.append(to_frame(records, run_id=run_id, **manifest.columns(point)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
@@ -93,18 +95,21 @@ def goodput(runs: pd.DataFrame, axes: Sequence[str] = (), *, target: float = 0.9
 
 
 def markdown(runs: pd.DataFrame, axes: Sequence[str] = ()) -> str:
-    """A table of runs for people: latencies in ms, repeats averaged; a star where a client did not keep up."""
+    """A table of runs for people: of the repeats counts are added up, all else (latencies in ms) is averaged; a star where a client did not
+    keep up."""
     if runs.empty:
         return "no finished runs\n"
     by = list(dict.fromkeys(["system", "split", *(axis for axis in axes if axis in runs), "rate"]))
     rows = []
+    counted = {name: title for name, title in _COUNTED.items() if name in runs and (name != "num_cancelled" or runs[name].any())}
     curve = runs.groupby([name for name in by if name != "rate"], sort=False, dropna=False).ngroup()
     runs = runs.assign(curve=curve).sort_values(["curve", "rate"], kind="stable")  # a search tries rates out of order
     for names, group in runs.groupby(by, sort=False, dropna=False):
         row = {name: "-" if pd.isna(label) else _number(label) for name, label in zip(by, names, strict=True)}
         row["runs"] = f"{len(group)}{'' if group['is_trustworthy'].all() else ' *'}"
-        for column, title, factor, digits in _SHOWN:
-            if column in group and column != "rate" and group[column].notna().any():
+        row |= {title: f"{group[column].sum():.0f}" for column, title in counted.items()}
+        for column, title, factor, digits in _AVERAGED:
+            if column in group and group[column].notna().any():
                 row[title] = f"{group[column].mean() * factor:.{digits}f}"
         rows.append(row)
     table = pd.DataFrame(rows).fillna("-")
@@ -170,8 +175,26 @@ def write_report(folder: str | Path) -> pd.DataFrame:
         table = goodput(runs, manifest.axes, target=manifest.target)
         write_csv(table, folder / "goodput.csv")
         text += f"\nGoodput at {manifest.target:.0%} attainment (requests/s per GPU, mean of the repeats):\n\n{_goodput_lines(table)}"
+    text += "".join(f"\n{note}\n" for note in notes(folder))
     (folder / "results.md").write_text(text, encoding="utf-8")
     return runs
+
+
+def notes(folder: str | Path) -> list[str]:
+    """What a reader of the tables must know and cannot see in them, a sentence each: runs that were not measured alike, and runs that lie
+    in the folder and in no table. Raises as ``load_results``."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    lines = []
+    if mixed := differences(read_environment(folder, run_id) for run_id in _finished(folder, manifest)):
+        said = (f"{name} " + ", ".join(f"{value} ({count} runs)" for value, count in values.items()) for name, values in mixed.items())
+        lines.append(f"**These runs were not all measured in the same environment**: {'; '.join(said)}.")
+    if others := other_runs(folder, manifest):
+        lines.append(
+            f"The folder holds {len(others)} other finished runs, of the sweep or the source as they were before. They are in none of "
+            "these tables; with the sweep's file as it was, they are again."
+        )
+    return lines
 
 
 def _goodput_lines(table: pd.DataFrame) -> str:

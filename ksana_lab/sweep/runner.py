@@ -30,10 +30,10 @@ from ksana_lab.errors import ConfigError, KsanaLabError
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.sweep import report as reports
 from ksana_lab.sweep import search
-from ksana_lab.sweep.environment import code_version
+from ksana_lab.sweep.environment import capture, code_version, differences
 from ksana_lab.sweep.events import EventTap
 from ksana_lab.sweep.space import Schedule, Setup, Space, SweepConfig, SweepPoint, schedule_of
-from ksana_lab.sweep.store import Manifest, Store, read_failures, read_point
+from ksana_lab.sweep.store import Manifest, Store, other_runs, read_environment, read_failures, read_point
 from ksana_lab.tracing.phases import add_phases
 from ksana_lab.workload import loadgen
 from ksana_lab.workload.event_loop import new_event_loop
@@ -156,7 +156,7 @@ class Sweep:
             axes=[axis.name for axis in self.space.axes],
             slo=dict(self.config.slo),
             target=self.config.target,
-            run_ids=[] if self.config.search else [point.run_id(self._code_version) for point in self.space.points()],
+            runs={} if self.config.search else {point.run_id(self._code_version): self.columns(point) for point in self.space.points()},
         )
 
     # ---- running
@@ -290,9 +290,9 @@ class Sweep:
 
     def columns(self, point: SweepPoint) -> dict[str, Any]:
         """What the row of this point says besides its measurements."""
-        schedule = self._schedule(point.setup)
+        labels = point.setup.labels
         return {
-            "rate": schedule.rate,
+            "rate": labels["rate"] if "rate" in labels else self._schedule(point.setup).rate,
             **self.space.columns(point.setup),
             "repeat": point.repeat,
             "seed": point.workload.seed,
@@ -315,11 +315,17 @@ class Sweep:
         todo = [point for point, is_kept in zip(points, kept, strict=True) if not is_kept]
         starts = len({point.cluster_key for point in todo})
         most = f"at most {self.num_points} runs" if search_options else f"{len(points)} runs"
-        lines = [f"sweep {self.config.name}: {most}, {starts} cluster starts, {sum(kept)} finished before; results in {self.folder}"]
+        before = f"{sum(kept)} finished before{self._others()}"
+        lines = [f"sweep {self.config.name}: {most}, {starts} cluster starts, {before}; results in {self.folder}"]
         lines += _aligned(rows)
         lines.append(self._estimate(todo, starts))
         lines += [f"lengths: {text}" for text in dict.fromkeys(schedule.lengths for schedule in self._schedules.values())]
         return "\n".join(lines)
+
+    def _others(self) -> str:
+        """Of a search nothing: which runs are its own shows as it goes."""
+        count = len(other_runs(self.folder, self._store.manifest))
+        return f" (and {count} other runs, which these results leave out)" if count and not self.config.search else ""
 
     def _label_names(self) -> list[str]:
         return list(dict.fromkeys(name for setup in self.space.setups for name in setup.labels))
@@ -349,14 +355,17 @@ class _Runs:
         self._num_done = self._num_failed = 0
         self._up: _Up | None = None
         self._broken: dict[str, str] = {}  # cluster key -> why it does not start
+        self._environment: dict[str, Any] | None = None  # of this process, once it is needed
+        self._warned: set[tuple[str, ...]] = set()
 
     def row(self, point: SweepPoint) -> dict[str, Any] | None:
         """The summary of one point, measured unless it is there; None when it failed, which is then on record.
 
         Raises Stopped."""
         run_id = point.run_id(self._sweep._code_version)
-        self._store.add_run(run_id)
+        self._store.add_run(run_id, self._sweep.columns(point))
         if self._store.has(run_id):
+            self._warn_of_another_environment(run_id)
             self._num_done += 1
             return self._told("kept", point, row=self._read(run_id))
         self._check_stop()
@@ -393,7 +402,7 @@ class _Runs:
         if up.code_version != sweep._code_version:
             log.warning("the source was edited since the sweep began; %s is kept as a run of %s", point, up.code_version)
             run_id = point.run_id(up.code_version)
-            store.add_run(run_id)
+            store.add_run(run_id, sweep.columns(point))
             if store.has(run_id):
                 return run_id
         self._check_stop()
@@ -459,7 +468,18 @@ class _Runs:
         slo, summary = self._sweep.config.slo_or_none, point["summary"]
         if point["slo"] != (slo and vars(slo)):  # the bounds were changed since; the records were not
             summary = reports.load_results(self._store.folder).set_index("run_id").loc[run_id].to_dict()
-        return {"run_id": run_id, **summary, **point["columns"]}
+        return {"run_id": run_id, **summary, **self._store.manifest.columns(point)}
+
+    def _warn_of_another_environment(self, run_id: str) -> None:
+        """Once for each way in which kept runs differ from what would be measured now."""
+        if self._environment is None:
+            self._environment = {**capture(), "code_version": self._sweep._code_version}
+        kept = read_environment(self._store.folder, run_id)
+        changes = tuple(f"{name}: {then}, now {now}" for name, (then, now) in differences([kept, self._environment]).items())
+        if changes and changes not in self._warned:
+            self._warned.add(changes)
+            said = "; ".join(changes)
+            log.warning("runs are kept that were measured in another environment: %s; to measure all in one, choose another --out", said)
 
     def _told(self, state: str, point: SweepPoint, *, row: dict[str, Any] | None = None, error: str | None = None) -> dict[str, Any] | None:
         self._tell(Progress(state, str(point), self._num_done, self._num_failed, self._sweep.num_points, row, error))

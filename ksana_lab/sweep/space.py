@@ -35,6 +35,9 @@ DISAGGREGATED, AGGREGATED = "disaggregated", "aggregated"
 # Columns of every result: an axis of the same name would hide one.
 RESERVED = ("run_id", "system", "repeat", "seed", "num_gpus", "folder", "is_baseline", "is_trustworthy", "code_version")
 UNSET = "unset"  # the label of a null value: the key is as if absent
+# Of how a WorkloadSpec becomes requests. Raise it whenever one spec with one seed comes to stand for other requests (times, lengths,
+# tokens): seeds and run ids change with it, so that old runs do not count as finished, and equal seeds in two tables mean equal requests.
+WORKLOAD_VERSION = 2
 
 # What only a pair of nodes reads. A mixed node's configuration without them is the same at every point that differs in nothing else, so
 # its run is made once.
@@ -238,19 +241,24 @@ class Setup:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run: a setup with the seed of one repeat."""
+    """One run: a setup with the seed of one repeat, and how it is measured."""
 
     setup: Setup
     repeat: int
     workload: WorkloadSpec  # seeded
+    request_timeout_s: float
+    events: bool  # the processes write event logs
 
     @property
     def cluster_key(self) -> str:
         return self.setup.cluster_key
 
     def run_id(self, code_version: str) -> str:
-        """Hash of the resolved configuration, the workload with its seed and trace, and the code that would measure it."""
-        return digest([self.cluster_key, _workload_identity(self.workload), code_version])
+        """Hash of the resolved configuration, the workload with its seed and trace, how it is measured, and the code that would do it.
+
+        Bounds are not in it: they judge records, whatever the bounds were when those were made."""
+        measurement = {"request_timeout_s": self.request_timeout_s, "events": self.events}
+        return digest([self.cluster_key, _workload_identity(self.workload), measurement, code_version])
 
     def __str__(self) -> str:
         words = [self.setup.system, *(f"{name}={label}" for name, label in self.setup.labels.items())]
@@ -263,7 +271,8 @@ class Space:
     def __init__(self, config: SweepConfig, *, model_dir: str | None = None, source: str = "sweep") -> None:
         self.config, self._source = config, source
         self._model_dir = model_dir or config.model_dir
-        self._base_workload = _read_workload(config.workload, Path(source).parent)
+        self._base = Path(source).parent
+        self._base_workload = _read_workload(config.workload, self._base)
         self.axes = parse_axes(config.axes, {name for group in _linked(config) for name in group})
         if config.search is not None and any("rate" in _workload_keys(value.settings) for axis in self.axes for value in axis.values):
             raise ConfigError(f"{source}: search tries rates of its own; take the axis over rate out")
@@ -281,9 +290,9 @@ class Space:
     def point(self, setup: Setup, repeat: int) -> SweepPoint:
         """Seeds come from the whole workload and the repeat: every system gets the same requests, and no run finds another's prompts in a
         prefix cache of a cluster that both share."""
-        identity = [setup.workload.to_dict(), repeat]
-        seed = int(digest(identity)[:8], 16) % (1 << 31)
-        return SweepPoint(setup, repeat, setup.workload.model_copy(update={"seed": seed}))
+        seed = int(digest([setup.workload_key, repeat])[:8], 16) % (1 << 31)
+        workload = setup.workload.model_copy(update={"seed": seed})
+        return SweepPoint(setup, repeat, workload, self.config.request_timeout_s, self.config.events)
 
     def at_rate(self, setup: Setup, rate: float) -> Setup:
         """The same with another rate; ``rate`` becomes a label."""
@@ -350,7 +359,7 @@ class Space:
                     put(workload, tuple(field_name.split(".")), setting)
                 else:
                     cluster[key.removeprefix("cluster.")] = setting
-        workload = {name: value for name, value in workload.items() if value is not None}
+        workload = _found_beside(self._base, {name: value for name, value in workload.items() if value is not None})
         if self.config.search is not None:
             workload = _with_duration(workload | {"rate": self.config.search.low}, self.config.duration_s)
         else:
@@ -390,15 +399,24 @@ def _common_labels(all_labels: Sequence[Mapping[str, Label]]) -> dict[str, Label
 
 
 def _read_workload(raw: str | Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """A relative trace path is looked for beside the file that names it."""
+    """Relative paths are looked for beside the file that names them: the workload's own, where it has one."""
     if isinstance(raw, str):
         base = Path(raw).parent
         raw = yaml_file.read(raw)
-    workload = merge(raw, {})
+    return _found_beside(base, merge(raw, {}))
+
+
+def _found_beside(base: Path, workload: dict[str, Any]) -> dict[str, Any]:
+    """With the trace and its tokenizer as absolute paths where ``base`` has them; a bundled trace's name is no path."""
     trace = workload.get("trace")
-    if isinstance(trace, dict) and isinstance(trace.get("path"), str) and (beside := base / trace["path"]).is_file():
-        trace["path"] = str(beside)
-    return workload
+    if not isinstance(trace, dict):
+        return workload
+    trace = dict(trace)
+    for name, inside in (("path", ""), ("tokenizer_dir", "tokenizer.json")):
+        given = trace.get(name)
+        if isinstance(given, str) and given not in traces.BUNDLED and (base / given / inside).is_file():
+            trace[name] = str((base / given).resolve())
+    return {**workload, "trace": trace}
 
 
 def _with_duration(workload: dict[str, Any], duration_s: float | None) -> dict[str, Any]:
@@ -546,16 +564,34 @@ def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cluster_identity(cluster: ClusterConfig) -> Any:
-    """What makes two clusters the same one: all but how long to wait for it and where its file lay; files it names count by content."""
+    """What makes two clusters the same one: all but how long to wait for it and where files lay; files count by content."""
     tree = cluster.model_dump(mode="json")
     del tree["start_timeout_s"], tree["base_dir"]
+    for section in (tree, *tree["nodes"].values()):
+        section["model_dir"] = _model_identity(section["model_dir"])
     files = [Path(cluster.base_dir) / group.config_file for group in cluster.nodes.values() if group.config_file]
-    files += [Path(folder) / "config.json" for group in cluster.nodes.values() if (folder := group.model_dir or cluster.model_dir)]
     return [tree, [_content(file) for file in files]]
 
 
+def _model_identity(folder: str | None) -> Any:
+    """A checkpoint by its files; one that only other hosts have by its path."""
+    if folder is None or not (Path(folder) / "config.json").is_file():
+        return folder
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix in (".json", ".safetensors"))
+    return [[file.name, _sampled(file)] for file in files]
+
+
 def _workload_identity(workload: WorkloadSpec) -> Any:
-    return [workload.to_dict(), _content(traces.resolve(workload.trace.path)) if workload.trace else None]
+    """The spec, with the content of what it reads in place of the path."""
+    identity = workload.to_dict()
+    if workload.trace is not None:
+        folder = workload.trace.tokenizer_dir
+        contents = {
+            "path": _content(traces.resolve(workload.trace.path)),
+            "tokenizer_dir": folder and _content(Path(folder).expanduser() / "tokenizer.json"),
+        }
+        identity["trace"] = identity["trace"] | contents
+    return [WORKLOAD_VERSION, identity]
 
 
 def _content(file: Path) -> str | None:
@@ -563,6 +599,20 @@ def _content(file: Path) -> str | None:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+def _sampled(file: Path, *, num_slices: int = 16, slice_bytes: int = 1 << 16) -> str:
+    """A hash of a file's length and, of a large one, of slices spread over it: weights take minutes to read in whole."""
+    size = file.stat().st_size
+    content = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= num_slices * slice_bytes:
+            content.update(stream.read())
+        else:
+            for i in range(num_slices):
+                stream.seek(i * (size - slice_bytes) // (num_slices - 1))
+                content.update(stream.read(slice_bytes))
+    return content.hexdigest()
 
 
 def digest(value: Any) -> str:

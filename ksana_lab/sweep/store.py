@@ -1,6 +1,6 @@
 """Where results live: a folder per finished run, made elsewhere and moved into place at once, so that what is there is whole.
 
-    <folder>/sweep.json             version, name, axes, code version, the runs that belong to the sweep as it is now
+    <folder>/sweep.json             version, name, axes, code version, the runs that belong to the sweep as it is now and what it calls them
     <folder>/runs/<run_id>/         point.json cluster.yaml nodes/ workload.yaml environment.json records.jsonl report.json summary.json
                                     vllm.json events/
     <folder>/failures.jsonl         a line per failed attempt
@@ -32,6 +32,8 @@ from ksana_lab.workload.loadgen import LoadReport
 
 VERSION = 1  # of the folder's layout and of the files' meaning
 MANIFEST = "sweep.json"
+# The columns of a run that its measurement decided; the others are what the sweep calls it, and change with the sweep's file.
+MEASURED = ("is_trustworthy", "send_lag_p99_s", "loop_lag_p99_s", "code_version")
 
 
 @dataclass
@@ -41,7 +43,20 @@ class Manifest:
     axes: list[str]
     slo: dict[str, float] = field(default_factory=dict)
     target: float = 0.9
-    run_ids: list[str] = field(default_factory=list)  # in the order in which results are shown
+    # What the sweep, as it is now, calls each of its runs: id -> columns, in the order in which results are shown. Empty columns: what the
+    # run was called when it was made (sweep.json once held ids alone).
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def run_ids(self) -> list[str]:
+        return list(self.runs)
+
+    def columns(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a run's row besides its summary; ``point`` is its point.json. A kept run goes by its present name, not by the one that it was
+        made under."""
+        if not (called := self.runs.get(point["run_id"])):
+            return dict(point["columns"])
+        return {**called, **{name: value for name, value in point["columns"].items() if name in MEASURED}}
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -59,6 +74,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{folder} holds results of version {version}; this ksana_lab reads version {VERSION}: sweep again, with another --out"
         )
     try:
+        if "run_ids" in data:
+            data["runs"] = {run_id: {} for run_id in data.pop("run_ids")}
         return Manifest(**data)
     except TypeError as error:
         raise ConfigError(f"{path} cannot be read as the results of a sweep: {error}") from None
@@ -109,10 +126,10 @@ class Store:
         new.write_text(_json({"ksana_lab_sweep": VERSION, **vars(self.manifest)}), encoding="utf-8")
         os.replace(new, path)
 
-    def add_run(self, run_id: str) -> None:
+    def add_run(self, run_id: str, columns: Mapping[str, Any]) -> None:
         """A search names its runs as it goes."""
-        if run_id not in self.manifest.run_ids:
-            self.manifest.run_ids.append(run_id)
+        if run_id not in self.manifest.runs:
+            self.manifest.runs[run_id] = dict(columns)
             self.write_manifest()
 
     # ---- runs
@@ -152,7 +169,7 @@ class Store:
             "environment.json": _json({"code_version": columns["code_version"], **capture()}),
             "report.json": _json(report_facts(report)),
             "summary.json": _json({name: value if name != "slo" else slo and vars(slo) for name, value in _plain(summary).items()}),
-            "vllm.json": _json({**_vllm_context(point, columns), **vllm_result(report.records, summary)}),
+            "vllm.json": _json({**_vllm_context(point), **vllm_result(report.records, summary)}),
             "point.json": _json(
                 {
                     "ksana_lab_run": VERSION,
@@ -206,6 +223,20 @@ def read_point(folder: str | Path, run_id: str) -> dict[str, Any]:
     return point
 
 
+def other_runs(folder: str | Path, manifest: Manifest) -> list[str]:
+    """Ids of finished runs that the sweep, as it is now, does not name: of a definition or a source before."""
+    finished = sorted(path.name for path in (Path(folder) / "runs").glob("*") if path.is_dir())
+    return [run_id for run_id in finished if run_id not in manifest.runs]
+
+
+def read_environment(folder: str | Path, run_id: str) -> dict[str, Any]:
+    """A finished run's environment.json; empty when it cannot be read."""
+    try:
+        return json.loads((Path(folder) / "runs" / run_id / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def read_failures(folder: str | Path) -> list[dict[str, Any]]:
     """Attempts whose run has not succeeded since, the latest of each. A line cut short by a kill is left out."""
     path = Path(folder) / "failures.jsonl"
@@ -236,13 +267,12 @@ def report_facts(report: LoadReport) -> dict[str, Any]:
     }
 
 
-def _vllm_context(point: SweepPoint, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that vLLM writes before the numbers."""
+def _vllm_context(point: SweepPoint) -> dict[str, Any]:
+    """The keys by which vLLM says what was run."""
     workload = point.workload
     return {
         "backend": "ksana_lab",
         "model_id": point.setup.cluster.model_dir,
-        "num_prompts": columns.get("num_requests"),
         "request_rate": workload.rate if workload.rate is None or workload.rate != float("inf") else "inf",
         "burstiness": workload.burstiness if workload.burstiness != float("inf") else "inf",
         "max_concurrency": workload.users,

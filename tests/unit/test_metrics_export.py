@@ -1,6 +1,7 @@
 """Tables and files that leave the project: their columns and keys are promises."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -55,6 +56,18 @@ def test_vllm_result_has_vllms_keys_in_milliseconds():
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (1, 1, 3)
     assert result["errors"] == ["", "503: unavailable"]
     json.dumps(result, allow_nan=False)
+
+
+def test_vllm_result_counts_no_tokens_of_a_request_that_did_not_complete():
+    cut_off = RequestRecord("c", 4, 2, sent_s=1.0, token_times_s=[1.5, 1.6], token_counts=[1] * 2, finished_s=1.7, error="closed")
+    result = vllm_result([*records(), cut_off], summarize([*records(), cut_off]))
+    assert result["num_prompts"] == 3 and result["output_lens"] == [3, 0, 0]
+    assert sum(result["output_lens"]) == result["total_output_tokens"]
+
+
+def test_vllm_result_has_a_text_for_each_request():
+    said = [replace(records()[0], text="hello"), records()[1]]
+    assert vllm_result(said, summarize(said))["generated_texts"] == ["hello", ""]
 
 
 def test_summary_row_is_flat_and_names_its_units():

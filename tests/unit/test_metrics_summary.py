@@ -1,6 +1,7 @@
 """Percentiles, throughput, goodput, attainment and intervals of small made-up runs."""
 
 import math
+import statistics
 
 import pytest
 
@@ -75,6 +76,13 @@ def test_confidence_interval_is_students():
     assert interval.mean == 2.0
     assert interval.half_width == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(confidence_interval([1.0]).half_width)
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.7062), (31, 2.0423), (32, 2.0395), (41, 2.0211), (121, 1.9799), (10_001, 1.9602)])
+def test_the_interval_is_students_for_any_number_of_repeats(count, t):
+    values = [1.0, 2.0] * (count // 2) + [1.5] * (count % 2)
+    standard_error = statistics.stdev(values) / math.sqrt(count)
+    assert confidence_interval(values).half_width == pytest.approx(t * standard_error, rel=5e-4)
 
 
 def test_an_empty_run_has_no_latency_rather_than_zero():

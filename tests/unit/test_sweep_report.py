@@ -49,12 +49,28 @@ def test_tables_fit_the_plots(done):
         assert figure.axes[0].has_data()
 
 
-def test_the_markdown_averages_repeats_and_marks_what_is_not_trusted(done):
+def test_the_markdown_joins_repeats_and_marks_what_is_not_trusted(done):
     runs = load_results(done)
     lines = markdown(runs, ["rate"]).splitlines()
-    assert len(lines) == 2 + 6 and lines[2].startswith("| disaggregated | 1P1D | 2 | 2 | 5 | 0 | 200.0 |")
+    assert len(lines) == 2 + 6 and lines[2].startswith("| disaggregated | 1P1D | 2 | 2 | 10 | 0 | 200.0 |")
     assert "did not keep up" in markdown(runs.assign(is_trustworthy=False))
     assert markdown(pd.DataFrame()) == "no finished runs\n"
+
+
+def test_one_failed_request_in_three_repeats_is_not_rounded_away(tmp_path):
+    runs = fake_sweep(tmp_path, repeats=3, baseline=False).run_sync()
+    lines = markdown(runs.assign(num_completed=[5, 4, 5], num_failed=[0, 1, 0])).splitlines()
+    assert "| runs | ok | failed | TTFT" in lines[0] and "| 3 | 14 | 1 |" in lines[2]
+    lines = markdown(runs.assign(num_completed=[4, 4, 5], num_cancelled=[1, 1, 0])).splitlines()
+    assert "| ok | failed | cancelled |" in lines[0] and "| 13 | 0 | 2 |" in lines[2]
+
+
+def test_a_folder_that_names_its_runs_by_id_alone_is_still_read(done):
+    path = done / "sweep.json"
+    manifest, before = json.loads(path.read_text()), load_results(done)
+    runs = manifest.pop("runs")
+    path.write_text(json.dumps({**manifest, "run_ids": list(runs)}))
+    pd.testing.assert_frame_equal(load_results(done), before)
 
 
 def test_results_of_another_version_are_refused_in_one_line(done):

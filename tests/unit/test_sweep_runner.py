@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 import threading
+from pathlib import Path
 
 import pytest
 from helpers_sweep import FakeClusters, FakePlayer, fake_sweep, write_sweep
@@ -10,11 +12,13 @@ from helpers_sweep import FakeClusters, FakePlayer, fake_sweep, write_sweep
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.export import load_records
 from ksana_lab.sweep import runner
+from ksana_lab.sweep.report import load_requests
 from ksana_lab.sweep.runner import LoadPlayer, Stopped, Sweep
 from ksana_lab.workload.spec import WorkloadSpec
 from ksana_lab.workload.stub import StubServer
 
 RATES = {"rate": [1, 2, 8]}
+TWO_RATES = {"rate": [1, 2]}
 
 
 async def test_every_point_becomes_a_row(tmp_path):
@@ -40,7 +44,7 @@ def test_a_runs_folder_holds_all_of_it(tmp_path):
     assert names <= {path.name for path in folder.iterdir()}
     environment, vllm = (json.loads((folder / name).read_text()) for name in ("environment.json", "vllm.json"))
     assert {"git_commit", "git_dirty", "versions", "host", "cpu", "gpus", "variables", "code_version"} <= environment.keys()
-    assert (vllm["completed"], vllm["request_rate"]) == (5, 4.0)
+    assert (vllm["num_prompts"], vllm["completed"], vllm["request_rate"]) == (5, 5, 4.0)
     assert WorkloadSpec.from_yaml(folder / "workload.yaml").seed == row["seed"]
     assert len(load_records(folder / "records.jsonl")) == 5
     assert json.loads((folder / "report.json").read_text())["is_trustworthy"] is True
@@ -52,6 +56,68 @@ def test_what_is_finished_is_not_made_again(tmp_path):
     runs = fake_sweep(tmp_path, axes=RATES, clusters=clusters, player=player).run_sync()
     assert [spec.rate for spec in player.played] == [8, 8] and len(runs) == 6
     assert fake_sweep(tmp_path, axes={"rate": [1]}).run_sync()["rate"].tolist() == [1, 1]  # the others are no part of it now
+
+
+def test_a_changed_timeout_is_measured_anew(tmp_path):
+    fake_sweep(tmp_path, baseline=False).run_sync()
+    player = FakePlayer()
+    runs = fake_sweep(tmp_path, baseline=False, request_timeout_s=5, player=player).run_sync()
+    assert len(player.played) == len(runs) == 1
+
+
+def test_kept_runs_get_the_columns_of_the_sweep_as_it_is_now(tmp_path):
+    for size in (4, 8):
+        fake_sweep(tmp_path, axes=TWO_RATES, set={"max_batch_size": size}, baseline=False).run_sync()
+    player = FakePlayer()
+    sweep = fake_sweep(tmp_path, axes={"max_batch_size": [4, 8], **TWO_RATES}, baseline=False, player=player)
+    runs = sweep.run_sync()
+    assert player.played == [] and sorted(zip(runs["max_batch_size"], runs["rate"], strict=True)) == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    table = (sweep.folder / "results.md").read_text().splitlines()
+    assert "| max_batch_size |" in table[2] and [line for line in table if "1P1D | 8 | 2 | 1 |" in line]
+    requests = load_requests(sweep.folder)
+    assert requests.groupby("max_batch_size")["run_id"].nunique().to_dict() == {4: 2, 8: 2}
+
+
+def test_an_axis_of_another_name_leaves_no_column_of_the_former(tmp_path):
+    for name in ("batch", "limit"):
+        runs = fake_sweep(tmp_path, axes={name: {"key": "max_batch_size", "values": [4, 8]}}, baseline=False).run_sync()
+    assert len(runs) == 2 and "batch" not in runs and runs["limit"].tolist() == [4, 8]
+    requests = load_requests(tmp_path / "out")
+    assert "batch" not in requests and requests.groupby("limit")["run_id"].nunique().tolist() == [1, 1]
+
+
+def test_labels_that_changed_places_are_those_of_the_file(tmp_path):
+    sizes, steps = {"low": 4, "high": 8}, []
+    fake_sweep(tmp_path, axes={"size": {name: {"max_batch_size": size} for name, size in sizes.items()}}, baseline=False).run_sync()
+    swapped = {"high": {"max_batch_size": 4}, "low": {"max_batch_size": 8}}
+    runs = fake_sweep(tmp_path, axes={"size": swapped}, baseline=False).run_sync(on_progress=steps.append)
+    assert [step.state for step in steps] == ["kept", "kept"] and [step.row["size"] for step in steps] == ["high", "low"]
+    assert runs["size"].tolist() == ["high", "low"]
+    assert ["max_batch_size: 4" in (Path(folder) / "cluster.yaml").read_text() for folder in runs["folder"]] == [True, False]
+
+
+def test_runs_of_a_former_definition_are_counted_and_come_back_with_it(tmp_path):
+    fake_sweep(tmp_path, axes=TWO_RATES, baseline=False).run_sync()
+    shorter = fake_sweep(tmp_path, axes={"rate": [2]}, baseline=False)
+    assert len(shorter.run_sync()) == 1 and "and 1 other runs" in shorter.describe()
+    assert "holds 1 other finished runs" in (tmp_path / "out" / "results.md").read_text()
+    player = FakePlayer()
+    assert len(fake_sweep(tmp_path, axes=TWO_RATES, baseline=False, player=player).run_sync()) == 2 and player.played == []
+    assert "other finished runs" not in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_folder_of_several_environments_says_so(tmp_path, caplog):
+    (first,) = fake_sweep(tmp_path, axes={"rate": [1]}, baseline=False).run_sync()["run_id"]
+    path = tmp_path / "out" / "runs" / first / "environment.json"
+    environment = json.loads(path.read_text())
+    elsewhere = {"gpus": ["NVIDIA X9, 81920 MiB, 1.2"], "versions": {**environment["versions"], "torch": "0.0.1"}}
+    path.write_text(json.dumps(environment | elsewhere))
+    with caplog.at_level(logging.WARNING, runner.__name__):
+        fake_sweep(tmp_path, axes=TWO_RATES, baseline=False).run_sync()
+    (warning,) = [record.getMessage() for record in caplog.records if "another environment" in record.getMessage()]
+    table = (tmp_path / "out" / "results.md").read_text()
+    for said in (warning, table):
+        assert "torch" in said and "0.0.1" in said and "1 × NVIDIA X9" in said and "host" not in said
 
 
 def test_a_failed_point_is_recorded_the_rest_goes_on_and_it_is_tried_again(tmp_path):

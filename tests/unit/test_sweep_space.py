@@ -1,6 +1,7 @@
 """Axes to points, seeds, baselines; what is wrong in a sweep's file is said in one line before anything starts."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from helpers_sweep import CLUSTER, write_sweep
 
 from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.errors import ConfigError
+from ksana_lab.sweep import space as space_module
 from ksana_lab.sweep.space import Space, SweepConfig, cluster_text
 
 
@@ -21,6 +23,8 @@ def of(a_space, is_baseline):
 
 
 SPLITS = {"1P2D": {"nodes.prefill.count": 1, "nodes.decode.count": 2}, "2P1D": {"nodes.prefill.count": 2, "nodes.decode.count": 1}}
+
+TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.0,4,4\n2023-11-16 18:15:47.0,4,4\n"
 
 
 def test_a_product_has_every_combination_and_zip_pairs_them(tmp_path):
@@ -118,7 +122,7 @@ def test_points_are_ordered_so_that_each_cluster_starts_once(tmp_path):
 
 def test_a_run_id_depends_on_configuration_workload_trace_and_code(tmp_path):
     trace = tmp_path / "trace.csv"
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.0,4,4\n2023-11-16 18:15:47.0,4,4\n")
+    trace.write_text(TRACE)
     workload = {"trace": {"path": "trace.csv"}}
     ids = [space(tmp_path, workload=workload).points()[0].run_id("a") for _ in range(2)]
     ids.append(space(tmp_path, workload=workload, set={"max_step_tokens": 8}).points()[0].run_id("a"))
@@ -126,6 +130,68 @@ def test_a_run_id_depends_on_configuration_workload_trace_and_code(tmp_path):
     trace.write_text(trace.read_text().replace("47.0,4", "47.0,5"))
     ids.append(space(tmp_path, workload=workload).points()[0].run_id("a"))
     assert ids[0] == ids[1] and len(set(ids)) == 4
+
+
+def identities(path):
+    points = Space(SweepConfig.from_yaml(path), source=str(path)).points()
+    return [(point.workload.seed, point.run_id("a")) for point in points]
+
+
+def test_seeds_and_run_ids_do_not_depend_on_where_the_sweep_lies_and_how_its_path_is_typed(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (here / "trace.csv").write_text(TRACE)
+    path = write_sweep(here, workload={"trace": {"path": "trace.csv"}}, axes={"time_scale": [1, 2]})
+    shutil.copytree(here, there)
+    monkeypatch.chdir(here)
+    assert identities(path) == identities("sweep.yaml") == identities(there / "sweep.yaml") == identities("../there/sweep.yaml")
+
+
+def test_a_trace_is_found_beside_the_sweep_however_it_is_named(tmp_path):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    on_an_axis = space(tmp_path, workload={"num_requests": 2}, axes={"trace.path": ["trace.csv"]})
+    in_a_tree = space(tmp_path, workload={"num_requests": 2}, axes={"t": {"key": "trace", "values": [{"path": "trace.csv", "skip": 0}]}})
+    overridden = space(tmp_path, overrides=["workload.trace.path=trace.csv"])
+    for a_space in (on_an_axis, in_a_tree, overridden):
+        assert Path(a_space.setups[0].workload.trace.path) == (tmp_path / "trace.csv").resolve()
+    assert on_an_axis.setups[0].labels == {"trace.path": "trace.csv"}
+
+
+def test_a_tokenizer_lies_beside_the_sweep_and_counts_by_content(tmp_path):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    (tmp_path / "model").mkdir()
+    ids = []
+    for text in ("{}", "{}", '{"version": "1.0"}'):
+        (tmp_path / "model" / "tokenizer.json").write_text(text)
+        a_space = space(tmp_path, workload={"trace": {"path": "trace.csv", "tokenizer_dir": "model"}})
+        assert a_space.setups[0].workload.trace.tokenizer_dir == str((tmp_path / "model").resolve())
+        ids.append(a_space.points()[0].run_id("a"))
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_how_a_run_is_measured_is_part_of_its_id_and_not_of_its_requests(tmp_path):
+    points = [space(tmp_path, **changes).points()[0] for changes in ({}, {"request_timeout_s": 5}, {"events": True})]
+    assert len({point.run_id("a") for point in points}) == 3
+    assert len({point.workload.seed for point in points}) == 1
+
+
+def test_another_way_of_expanding_workloads_gives_other_seeds_and_ids(tmp_path, monkeypatch):
+    before = space(tmp_path).points()[0]
+    monkeypatch.setattr(space_module, "WORKLOAD_VERSION", space_module.WORKLOAD_VERSION + 1)
+    after = space(tmp_path).points()[0]
+    assert (before.workload.seed, before.run_id("a")) != (after.workload.seed, after.run_id("a"))
+
+
+def test_a_checkpoint_counts_by_its_files_and_not_by_its_path(tmp_path):
+    weights = bytearray(3 << 20)
+    ids = []
+    for name, byte in (("one", 0), ("two", 0), ("three", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        weights[-1] = byte
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        ids.append(space(tmp_path, model_dir=str(tmp_path / name)).points()[0].run_id("a"))
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_a_resolved_cluster_can_be_read_back(tmp_path):
