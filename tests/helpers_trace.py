@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from ksana_lab.metrics.latency import PER_REQUEST
 from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.tracing.timeline import Timeline
 
 MS = 1_000_000
 PAIR = "p:1__d:1"
@@ -21,7 +25,9 @@ class FakeRun:
     num_layers: int = 4
     compute_ms: float = 5.0
     wire_ms: float = 1.0
-    queueing_ms: float = 0.5
+    looks_after_ms: float = 0.1  # when the request was handed to it: the prefill engine is in a step
+    queueing_ms: float = 0.5  # from then on
+    sampling_ms: float = 0.0  # from the end of the last layer to the end of its step
     announced_after_ms: float = 0.0  # after the request reached the decode node
     http_ms: float = 0.2  # each hop
     gap_ms: float = 100.0  # between requests
@@ -62,15 +68,15 @@ class FakeRun:
         at_decode = t + hop
         self._mark("prefill-api", t := t + hop, "ARRIVED", **ids)
         self._mark("prefill-api", t := t + 0.1, "QUEUED", num_prompt_tokens=64, **ids)
-        self._mark("prefill.tp0", t := t + 0.1, "QUEUED", **seq)
+        self._mark("prefill.tp0", t := t + self.looks_after_ms, "QUEUED", **seq)
         announced = at_decode + 0.2 + self.announced_after_ms
         self._mark("decode-api", at_decode, "ARRIVED", **ids)
         self._mark("decode.tp0", at_decode + 0.2, "QUEUED", **seq)
         self._mark("decode.tp0", announced, "TRANSFER_START", **seq)
         self._mark("prefill.tp0", t := t + self.queueing_ms, "PREFILL_START", **seq)
-        begin, end = t, t + self.num_layers * self.compute_ms
+        begin, end = t, t + self.num_layers * self.compute_ms + self.sampling_ms
         ends = [round((i + 1) * self.compute_ms * MS) for i in range(self.num_layers)]
-        self._span("prefill.tp0", begin, end, "layers", "step", step=number, rank=0, ends_ns=ends)
+        self._span("prefill.tp0", begin, end - self.sampling_ms, "layers", "step", step=number, rank=0, ends_ns=ends)
         self._span("prefill.tp0", begin, end, "step", "step", step=number, num_tokens=64, num_seqs=1, num_decodes=0, seqs=[[number, 0, 64]])
         self._mark("prefill.tp0", end, "PREFILL_END", **seq)
         arrived = self._pieces(number, begin, announced)
@@ -123,3 +129,12 @@ class FakeRun:
 
     def _count(self, role: str, ms: float, **values: float) -> None:
         self.logs[role].append({"ph": "C", "ts": self._time(role, ms), "name": "blocks", "cat": "step", "args": values})
+
+
+def record_minus_timeline(records: list[RequestRecord], run: Timeline) -> pd.DataFrame:
+    """Seconds, request × every name that both give a number; NaN where one of them does not. ``records`` have their phases."""
+    requests = run.requests.set_index("request_id")
+    names = [name for name in PER_REQUEST if name in requests]
+    own = {record.request_id: {name: PER_REQUEST[name](record) for name in names} for record in records}
+    felt = pd.DataFrame.from_dict(own, orient="index").astype(float)
+    return felt - requests.loc[felt.index, names].astype(float)

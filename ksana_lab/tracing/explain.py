@@ -20,7 +20,6 @@ _OVERHEAD = (
     "routing",
     "router → node",
     "tokenising",
-    "API → engine",
     "detokenising",
     "node → router",
     "router → client",
@@ -83,13 +82,18 @@ def queueing(run: Timeline) -> Finding | None:
         return None
     side = "mixed" if _is_mixed(run) else "prefill"
     busy = utilisation(run).get(side, 0.0)
-    text = f"{share:.0%} of TTFT is queueing for {_words(side)} ({_ms(mean)} of {_ms(_ttft(run))}); it is busy {busy:.0%} of the time."
+    unseen = float((run.measured["queued_s"] - run.measured["handed_s"]).mean())
+    is_step = unseen > mean / 2  # under way when the request came
+    text = f"{share:.0%} of TTFT is queueing for {_words(side)} ({_ms(mean)} of {_ms(_ttft(run))}"
+    text += f", {_ms(unseen)} of it until the engine looked: a step was under way)" if is_step else ")"
+    text += f"; it is busy {busy:.0%} of the time."
     if busy >= 0.6:
         what = "prefill nodes" if side == "prefill" else "nodes"
-        advice = f"Add {what}, send less, or raise max_step_tokens so that a step takes several prompts."
+        steps = "make steps shorter: chunk prompts smaller" if is_step else "raise max_step_tokens so that a step takes several prompts"
+        advice = f"Add {what}, send less, or {steps}."
     else:
         advice = "It is not busy on average: arrivals come in bursts, or each prompt waits for a long one before it; chunk prompts smaller."
-    return Finding("queueing", text, advice, mean, {"share": share, "busy": busy})
+    return Finding("queueing", text, advice, mean, {"share": share, "busy": busy, "unseen_s": unseen})
 
 
 def interleaving(run: Timeline) -> Finding | None:

@@ -32,12 +32,11 @@ _TO_NODE = [
     ("client → router", "router", "ARRIVED"),
     ("routing", "router", "ROUTED"),
     ("router → node", "first.api", "ARRIVED"),
-    ("tokenising", "first.api", "QUEUED"),
-    ("API → engine", "first.engine", "QUEUED"),
+    ("tokenising", "first.api", "QUEUED"),  # handed to the engine, which looks when the step that it is in is over
     ("queueing", "first.engine", "PREFILL_START"),
     ("prefill", "first.engine", "PREFILL_END"),
 ]
-_ARRIVAL_OF_KV = [("exposed transfer", "transfer", "END"), ("hand-over", "decode.engine", "TRANSFER_END")]
+_ARRIVAL_OF_KV = [("rest of transfer", "transfer", "END"), ("noticing KV", "decode.engine", "TRANSFER_END")]
 _TO_CLIENT = [
     ("detokenising", "answering.api", "FIRST_TOKEN"),
     ("node → router", "router", "FIRST_TOKEN"),
@@ -117,7 +116,7 @@ def join(logs: Sequence[ProcessLog], client: Sequence[RequestRecord] = ()) -> Ti
     seen.add_transfers(transfers)
     seen.add_chunks(chunks)
     requests, breakdown = _requests(seen, client)
-    requests = requests.join(request_transfers(transfers), on="request_id") if len(requests) else requests
+    requests = _with_transfers(requests, transfers)
     return Timeline(
         requests=requests,
         breakdown=breakdown,
@@ -143,7 +142,7 @@ def request_frame(logs: Sequence[ProcessLog], client: Sequence[RequestRecord]) -
     transfers = join_transfers(logs, seen.seconds, seen.request_of_transfer)
     seen.add_transfers(transfers)
     requests, _ = _requests(seen, client)
-    return (requests.join(request_transfers(transfers), on="request_id") if len(requests) else requests), origin_ns / 1e9
+    return _with_transfers(requests, transfers), origin_ns / 1e9
 
 
 def _origin(logs: Sequence[ProcessLog], alignment: Alignment, client: Sequence[RequestRecord]) -> int:
@@ -367,12 +366,15 @@ def _phases(at: dict[tuple[str, str], float], legs: dict[str, str]) -> tuple[lis
     before = _TO_NODE + (arrival if via_decode else []) + _TO_CLIENT
     after = ([] if via_decode else arrival) + _REST
     api, engine = f"{legs['first']}.api", f"{legs['first']}.engine"  # without client and router: as far as there are logs
+    handed = _handed(at, legs)
     start = next((at[key] for key in (("client", "SENT"), ("router", "ARRIVED"), (api, "ARRIVED"), (engine, "QUEUED")) if key in at), None)
     end = next(
         (at[k] for k in (("client", "LAST_TOKEN"), ("router", "FINISHED"), (f"{legs['decode']}.engine", "FINISHED")) if k in at), None
     )
     if start is None or end is None or not legs["first"]:
         return [], 0.0
+    if handed is not None and handed > start:
+        at = {**at, (api, "QUEUED"): handed}
     tokens = [(process, "FIRST_TOKEN") for process in ("client", "router", api, engine)]
     first_token = next((at[key] for key in tokens if key in at), end)
     segments, now, disorder = [], start, 0.0
@@ -397,6 +399,11 @@ def _process(name: str, legs: dict[str, str]) -> str:
     return f"{legs.get(leg, leg)}{dot}{part}" if dot else name
 
 
+def _handed(at: dict[tuple[str, str], float], legs: dict[str, str]) -> float | None:
+    """When the API process handed the request to the engine; where no log of it is at hand, when the engine took it up."""
+    return at.get((f"{legs['first']}.api", "QUEUED"), at.get((f"{legs['first']}.engine", "QUEUED")))
+
+
 def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, float | None]:
     first, decode = f"{legs['first']}.engine", f"{legs['decode']}.engine"
     get = at.get
@@ -411,9 +418,9 @@ def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, 
         "last_token_s": last,
         "ttft_s": _less(token, sent),
         "e2e_s": _less(last, sent),
-        "handed_s": get((f"{legs['first']}.api", "QUEUED"), get((first, "QUEUED"))),
+        "handed_s": _handed(at, legs),
         "queued_s": get((first, "QUEUED")),
-        "queueing_s": _less(get((first, "PREFILL_START")), get((first, "QUEUED"))),
+        "queueing_s": _less(get((first, "PREFILL_START")), _handed(at, legs)),
         "prefill_start_s": get((first, "PREFILL_START")),
         "prefill_end_s": get((first, "PREFILL_END")),
         "prefill_s": _less(get((first, "PREFILL_END")), get((first, "PREFILL_START"))),
@@ -423,6 +430,15 @@ def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, 
         "decode_start_s": get((decode, "DECODE_START")),
         "decode_end_s": get((decode, "FINISHED")),
     }
+
+
+def _with_transfers(requests: pd.DataFrame, transfers: pd.DataFrame) -> pd.DataFrame:
+    """``requests`` and what was sent of each."""
+    if not len(requests):
+        return requests
+    joined = requests.join(request_transfers(transfers), on="request_id")
+    joined["exposed_transfer_s"] = (joined["transfer_end_s"] - joined["prefill_end_s"]).clip(lower=0.0)
+    return joined
 
 
 def _less(a: float | None, b: float | None) -> float | None:

@@ -74,7 +74,7 @@ def _cut(frame: pd.DataFrame) -> pd.DataFrame:
 def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
     """Per request, over all its ranks: bytes, pieces, first piece sent to last one arrived, and how long after the last layer that was."""
     columns = ["kv_bytes", "num_pieces", "num_copies", "transfer_start_s", "transfer_end_s", "compute_end_s", "transfer_s", "wire_s",
-               "hidden_s", "exposed_wire_s", "exposed_transfer_s"]  # fmt: skip
+               "hidden_s", "exposed_wire_s", "after_last_layer_s"]  # fmt: skip
     if not len(transfers):
         return pd.DataFrame(columns=columns)
     groups = transfers.groupby("request_id")
@@ -92,7 +92,7 @@ def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
         }
     )
     frame["transfer_s"] = frame["transfer_end_s"] - frame["transfer_start_s"]
-    frame["exposed_transfer_s"] = (frame["transfer_end_s"] - frame["compute_end_s"]).clip(lower=0.0)
+    frame["after_last_layer_s"] = (frame["transfer_end_s"] - frame["compute_end_s"]).clip(lower=0.0)
     return frame[columns]
 
 

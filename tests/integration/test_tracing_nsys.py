@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 from helpers_checkpoint import checkpoint
+from helpers_trace import record_minus_timeline
 
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.notebook.session import config
 from ksana_lab.tracing import nsight, nsys
 from ksana_lab.tracing.explain import explain
+from ksana_lab.tracing.phases import add_phases
 from ksana_lab.tracing.timeline import load
 from ksana_lab.workload.spec import WorkloadSpec
 
@@ -39,6 +41,15 @@ def test_a_recorded_run_is_whole_and_adds_up(tmp_path):
 
 
 @pytest.mark.integration
+def test_one_name_is_one_number_in_a_runs_records_and_in_its_timeline(tmp_path):
+    records = play(tmp_path)
+    assert add_phases(records, tmp_path) == len(records) == 5
+    difference = record_minus_timeline(records, load(tmp_path, client=records))
+    assert {"queueing_s", "prefill_s", "exposed_transfer_s", "transfer_s"} <= set(difference)
+    assert (difference.abs() < 1e-6).all(axis=None), difference.to_string()
+
+
+@pytest.mark.integration
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="no nsys on the PATH; .ci/run installs it where apt can")
 def test_nodes_under_nsys_leave_reports_that_agree_with_their_logs(tmp_path):
     records = play(tmp_path, nsys=True)
@@ -58,7 +69,7 @@ def test_nodes_under_nsys_leave_reports_that_agree_with_their_logs(tmp_path):
     assert len(starts) == len(logged) > 0 and np.median(np.abs(starts - logged)) < 1e-3
     sends = run.device[(run.device["kind"] == "nvtx span") & (run.device["name"] == "send")]
     assert len(sends) == len(run.transfers) and sends["bytes"].sum() == run.transfers["bytes"].sum()
-    assert {"queueing", "prefill", "waiting for KV", "decode"} <= set(run.device["name"])
+    assert {"engine queue", "prefill", "waiting for KV", "decode"} <= set(run.device["name"])
 
 
 @pytest.mark.integration

@@ -27,6 +27,13 @@ def test_queueing_names_its_share(tmp_path):
     assert "49%" in finding.text or "48%" in finding.text or "50%" in finding.text
 
 
+def test_waiting_for_the_step_under_way_is_queueing_and_no_overhead(tmp_path):
+    explanation = explain(joined(tmp_path, looks_after_ms=20.0))
+    finding = explanation.of("queueing")
+    assert finding.lost_s == pytest.approx(0.0205, abs=1e-4) and finding.numbers["unseen_s"] == pytest.approx(0.02, abs=1e-4)
+    assert "20.0 ms of it until the engine looked" in finding.text and explanation.of("overhead") is None
+
+
 @pytest.mark.parametrize(
     ("reason", "numbers"),
     [

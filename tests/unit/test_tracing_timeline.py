@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from helpers_trace import FakeRun
+from helpers_trace import FakeRun, record_minus_timeline
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics import latency
@@ -40,11 +40,46 @@ def test_phases_add_up_to_what_the_client_saw(tmp_path):
 
 
 def test_phases_have_the_lengths_that_were_put_in(tmp_path):
-    run = joined(tmp_path, queueing_ms=7.0, compute_ms=5.0)
+    run = joined(tmp_path, looks_after_ms=2.0, queueing_ms=7.0, compute_ms=5.0)
     mean = run.breakdown.groupby("phase")["seconds"].mean() * 1e3
-    assert mean["queueing"] == pytest.approx(7.0, abs=1e-3)
+    assert mean["tokenising"] == pytest.approx(0.1, abs=1e-3)
+    assert mean["queueing"] == pytest.approx(2.0 + 7.0, abs=1e-3)  # the step under way counts
     assert mean["prefill"] == pytest.approx(20.0, abs=1e-3)
     assert mean["decode"] == pytest.approx(20.0, abs=1e-3)
+
+
+def test_one_name_is_one_number_in_records_and_timeline(tmp_path):
+    fake = FakeRun(looks_after_ms=16.0, sampling_ms=2.0, wire_ms=3.0)
+    run = load(fake.write(tmp_path), client=fake.client)
+    add_phases(fake.client, tmp_path)
+    difference = record_minus_timeline(fake.client, run)
+    assert {"ttft_s", "e2e_s", "queueing_s", "prefill_s", "exposed_transfer_s", "transfer_s"} <= set(difference)
+    assert (difference.abs() < 1e-6).all(axis=None), difference.to_string()
+
+
+def test_phases_up_to_the_first_token_are_the_records_parts(tmp_path):
+    fake = FakeRun(num_requests=1, looks_after_ms=16.0, sampling_ms=2.0)
+    run = load(fake.write(tmp_path), client=fake.client)
+    add_phases(fake.client, tmp_path)
+    phases = run.breakdown[run.breakdown["is_ttft"]].set_index("phase")["seconds"]
+    parts = [phases[:"tokenising"].sum(), phases["queueing"], phases["prefill"], phases["detokenising":].sum()]
+    assert parts == pytest.approx([latency.PER_REQUEST[name](fake.client[0]) for name in latency.TTFT_PARTS], abs=1e-6)
+
+
+def test_without_the_api_process_log_queueing_begins_when_the_engine_looks(tmp_path):
+    fake = FakeRun(looks_after_ms=16.0, queueing_ms=7.0)
+    fake.write(tmp_path)
+    next(tmp_path.glob("prefill-api*")).unlink()
+    run = load(tmp_path, client=fake.client)
+    queueing = run.breakdown.loc[run.breakdown["phase"] == "queueing", "seconds"]
+    assert [*queueing, *run.requests["queueing_s"]] == pytest.approx([7e-3] * 6, abs=1e-6)
+
+
+def test_what_a_request_waits_for_is_counted_from_the_end_of_prefill(tmp_path):
+    """The last piece leaves when its layer is computed, and its first milliseconds pass while the token is sampled."""
+    run = joined(tmp_path, num_requests=1, wire_ms=5.0, sampling_ms=2.0)
+    assert run.requests["exposed_transfer_s"].iloc[0] == pytest.approx(3e-3)
+    assert run.requests["after_last_layer_s"].iloc[0] == pytest.approx(5e-3)
 
 
 def test_hidden_and_exposed_of_layerwise_transfer(tmp_path):
