@@ -217,6 +217,7 @@ class _Marks:
                 address = info.get("prefill") if leg == "prefill" else info.get("decode") if leg in ("decode", "mixed") else None
                 if address and number not in names:
                     names[number] = address
+        names.update({number: names[engine] for number, engine in self._engines_of_ranks(names).items()})
         legs: dict[str, dict[str, int]] = defaultdict(dict)
         for number, log in enumerate(self.logs):
             if number in names:
@@ -226,6 +227,26 @@ class _Marks:
             order = legs[log.kind].get(names.get(number, ""), 0)
             named[number] = log.kind if log.kind in ("router", "llm") else f"{log.kind}{order}"
         return named
+
+    def _engines_of_ranks(self, names: Iterable[int]) -> dict[int, int]:
+        """Logs of engine processes that write nothing of requests -> the log among ``names`` whose steps their layers lie in."""
+        ranks = [number for number, log in enumerate(self.logs) if log.is_engine and number not in names]
+        engines = [number for number in names if self.logs[number].is_engine] if ranks else []
+        steps = {number: self._spans_of_steps(self.logs[number], "step") for number in engines}
+        found = {}
+        for number in ranks:
+            layers = self._spans_of_steps(self.logs[number], "layers")
+            shared = {
+                engine: sum(step in own and own[step][0] <= start <= own[step][1] for step, (start, _) in layers.items())
+                for engine, own in steps.items()
+                if self.logs[engine].kind == self.logs[number].kind
+            }
+            if any(shared.values()):
+                found[number] = max(shared, key=lambda engine: shared[engine])
+        return found
+
+    def _spans_of_steps(self, log: ProcessLog, name: str) -> dict[int, tuple[float, float]]:
+        return {e["args"]["step"]: (s := self.seconds(log, e["ts"]), s + e["dur"] / 1e9) for e in log.named(name, "step")}
 
     def add_client(self, records: Sequence[RequestRecord]) -> None:
         """Their clock is taken to be the router's: the load generator runs beside it."""

@@ -20,9 +20,9 @@ SPEC = {"rate": 6, "num_requests": 5, "prompt_tokens": 120, "output_tokens": 5, 
 CHANGES = ("setting.batch_scheduler.split_fuse_token_num=48",)
 
 
-def play(folder, **options):
+def play(folder, changes=CHANGES, **options):
     with Cluster.from_yaml(
-        config("pd_1p1d_cpu.yaml"), model_dir=checkpoint("qwen3"), trace_dir=folder, overrides=CHANGES, **options
+        config("pd_1p1d_cpu.yaml"), model_dir=checkpoint("qwen3"), trace_dir=folder, overrides=changes, **options
     ) as cluster:
         return cluster.play(WorkloadSpec.from_dict(SPEC))
 
@@ -42,9 +42,13 @@ def test_a_recorded_run_is_whole_and_adds_up(tmp_path):
 
 @pytest.mark.integration
 def test_one_name_is_one_number_in_a_runs_records_and_in_its_timeline(tmp_path):
-    records = play(tmp_path)
+    """The decode node has two ranks, and both get their share."""
+    records = play(tmp_path, changes=(*CHANGES, "nodes.decode.tensor_parallel_size=2"))
     assert add_phases(records, tmp_path) == len(records) == 5
-    difference = record_minus_timeline(records, load(tmp_path, client=records))
+    run = load(tmp_path, client=records)
+    assert run.checks()["is_ok"].all(), run.checks().to_string()
+    assert run.transfers.groupby("dst_rank")["bytes"].sum().tolist() == [run.requests["kv_bytes"].sum() / 2] * 2
+    difference = record_minus_timeline(records, run)
     assert {"queueing_s", "prefill_s", "exposed_transfer_s", "transfer_s"} <= set(difference)
     assert (difference.abs() < 1e-6).all(axis=None), difference.to_string()
 

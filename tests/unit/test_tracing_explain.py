@@ -50,6 +50,12 @@ def test_why_a_transfer_is_exposed(tmp_path, reason, numbers):
     assert f"exposed: {reason}" in rules(run)
 
 
+def test_a_link_is_as_slow_as_it_is_with_others_beside_it(tmp_path):
+    """Two ranks send at the same time: 7 ms for a layer on each link, and not 3.5."""
+    finding = explain(joined(tmp_path, num_ranks=2, wire_ms=7.0)).of("exposed: link")
+    assert "a layer takes 7.0 ms to send, 5.0 ms to compute" in finding.text and "0.15 GB/s" in finding.text
+
+
 def test_a_decode_side_that_keeps_requests_waiting(tmp_path):
     finding = explain(joined(tmp_path, announced_after_ms=30.0, free_blocks=3)).of("decode admission")
     assert finding.lost_s == pytest.approx(0.03, abs=1e-3)

@@ -10,9 +10,9 @@ from ksana_lab.metrics import latency
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.tracing import perfetto
 from ksana_lab.tracing.events import read_logs
-from ksana_lab.tracing.figures import FIGURES
+from ksana_lab.tracing.figures import FIGURES, GROUPS
 from ksana_lab.tracing.phases import add_phases
-from ksana_lab.tracing.timeline import load
+from ksana_lab.tracing.timeline import PHASES, load
 
 
 def joined(tmp_path, **numbers):
@@ -104,6 +104,21 @@ def test_a_piece_of_all_layers_is_shared_out_evenly(tmp_path):
     assert ok(run)["layer sends"]
 
 
+def test_every_rank_sends_its_share(tmp_path):
+    """Two ranks send pieces of the same layers and tokens."""
+    run = joined(tmp_path, num_ranks=2)
+    assert len(run.transfers) == 3 * 4 * 2 and run.transfers["recv_end_s"].notna().all()
+    assert (run.requests["kv_bytes"] == 2 * 4 * (1 << 20)).all() and all(ok(run).values())
+
+
+def test_layers_of_a_second_rank_are_those_of_its_own_node(tmp_path):
+    """Two nodes number their steps alike, and only rank 0 writes which requests it runs."""
+    run = joined(tmp_path, num_prefills=2, num_ranks=2, num_requests=6)
+    assert sorted(run.processes.loc[run.processes["process"] == "prefill.tp1", "node"]) == ["prefill0", "prefill1"]
+    assert len(run.layers) == 6 * 4 * 2 and run.layers["bytes"].sum() == run.requests["kv_bytes"].sum()
+    assert (run.layers["compute_end_s"] - run.layers["ready_s"]).abs().max() < 1e-6
+
+
 def test_a_lost_send_is_noticed(tmp_path):
     fake = FakeRun()
     fake.write(tmp_path)
@@ -150,6 +165,21 @@ def test_spans_of_one_track_do_not_cross(tmp_path):
     for spans in tracks.values():
         spans.sort()
         assert all(a_end <= b_start + 1e-2 for (_, a_end), (b_start, _) in itertools.pairwise(spans))
+
+
+def test_steps_of_two_hosts_hold_their_own_requests_though_processes_have_one_number(tmp_path):
+    """Containers count their processes alike."""
+    fake = FakeRun(num_requests=1)
+    path = next(fake.write(tmp_path).glob("decode.tp0*"))
+    path.write_text(path.read_text().replace('"pid": 104', '"pid": 102'))
+    run = load(tmp_path, client=fake.client)
+    steps = [e for e in perfetto.to_chrome(run)["traceEvents"] if e.get("cat") == "step" and e["ph"] == "X"]
+    assert set(run.steps["pid"]) == {102} and [e["args"]["requests"] for e in steps] == [["r-0"]] * 6
+
+
+def test_every_phase_is_drawn_and_none_that_is_not():
+    drawn = [phase for phases, _, _ in GROUPS.values() for phase in phases]
+    assert sorted(drawn) == sorted(PHASES)
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
