@@ -296,16 +296,18 @@ def bottleneck(run: Timeline) -> Finding | None:
 
 
 def interference(run: Timeline) -> Finding | None:
-    """On a mixed node decode steps carry prefill chunks of others: what disaggregation is for."""
+    """On a mixed node decode steps carry prefill chunks of others, and everybody who decodes in one waits for them: what disaggregation is
+    for."""
     steps = run.steps[(run.steps["num_decodes"] > 0) & (run.steps["role"].isin(("mixed", "llm")))].copy()
     if not len(steps):
         return None
     steps["seconds"] = steps["end_s"] - steps["start_s"]
     is_shared = steps["num_tokens"] > steps["num_decodes"]
     shared, alone = steps.loc[is_shared, "seconds"], steps.loc[~is_shared, "seconds"]
+    waiting = steps.loc[is_shared, "num_decodes"]
     if not len(shared) or not len(alone) or shared.mean() < 1.5 * alone.mean():
         return None
-    lost = float((shared - alone.mean()).sum() / max(1, len(run.measured)))
+    lost = float(((shared - alone.mean()) * waiting).sum() / max(1, len(run.measured)))
     share = len(shared) / len(steps)
     text = f"{share:.0%} of decode steps carry prefill of others and take {_ms(shared.mean())} instead of {_ms(alone.mean())}."
     return Finding("interference", text, "Disaggregation removes this; smaller chunks (split_fuse_token_num) soften it.", lost)
@@ -315,7 +317,7 @@ def preemptions(run: Timeline) -> Finding | None:
     count = int(run.measured["num_preemptions"].sum())
     if not count:
         return None
-    text = f"{count} times a sequence lost its blocks and was computed again."
+    text = f"{count} times a sequence lost its blocks, to be computed again or swapped in."
     return Finding("preemptions", text, "Give that node more blocks or a smaller max_batch_size.", 0.0, {"count": float(count)})
 
 
