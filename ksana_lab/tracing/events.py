@@ -65,6 +65,12 @@ def read_logs(folder: str | Path | Sequence[str | Path]) -> list[ProcessLog]:
     return logs
 
 
+def beside(path: Path, logs: Sequence[ProcessLog]) -> list[ProcessLog]:
+    """Those in the folder of ``path``, which are of its host: another host may have given the same number to another process. All, when
+    there is none."""
+    return [log for log in logs if log.path.parent == path.parent] or list(logs)
+
+
 def _read_file(path: Path) -> list[ProcessLog]:
     """One log; several when processes with the same pid and role appended one after the other; none for another kind of file."""
     logs: list[ProcessLog] = []

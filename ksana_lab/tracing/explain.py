@@ -20,7 +20,6 @@ _OVERHEAD = (
     "routing",
     "router → node",
     "tokenising",
-    "API → engine",
     "detokenising",
     "node → router",
     "router → client",
@@ -83,13 +82,18 @@ def queueing(run: Timeline) -> Finding | None:
         return None
     side = "mixed" if _is_mixed(run) else "prefill"
     busy = utilisation(run).get(side, 0.0)
-    text = f"{share:.0%} of TTFT is queueing for {_words(side)} ({_ms(mean)} of {_ms(_ttft(run))}); it is busy {busy:.0%} of the time."
+    unseen = float((run.measured["queued_s"] - run.measured["handed_s"]).mean())
+    is_step = unseen > mean / 2  # under way when the request came
+    text = f"{share:.0%} of TTFT is queueing for {_words(side)} ({_ms(mean)} of {_ms(_ttft(run))}"
+    text += f", {_ms(unseen)} of it until the engine looked: a step was under way)" if is_step else ")"
+    text += f"; it is busy {busy:.0%} of the time."
     if busy >= 0.6:
         what = "prefill nodes" if side == "prefill" else "nodes"
-        advice = f"Add {what}, send less, or raise max_step_tokens so that a step takes several prompts."
+        steps = "make steps shorter: chunk prompts smaller" if is_step else "raise max_step_tokens so that a step takes several prompts"
+        advice = f"Add {what}, send less, or {steps}."
     else:
         advice = "It is not busy on average: arrivals come in bursts, or each prompt waits for a long one before it; chunk prompts smaller."
-    return Finding("queueing", text, advice, mean, {"share": share, "busy": busy})
+    return Finding("queueing", text, advice, mean, {"share": share, "busy": busy, "unseen_s": unseen})
 
 
 def interleaving(run: Timeline) -> Finding | None:
@@ -193,9 +197,9 @@ def _why(run: Timeline, request: object, pieces: pd.DataFrame) -> str:
     if per_link == 1 and num_layers > 1:
         return "one piece"
     wire, compute = own["wire_s"].mean(), own["compute_s"].mean()
-    is_slow = bool(compute == compute and _occupied(pieces) / len(own) > compute)
+    is_slow = bool(compute == compute and _on_links(pieces) / len(own) > compute)
     copy_bytes = pieces["bytes"].sum() / max(1, pieces["copies"].sum())
-    posts = pieces["post_s"].sum() / max(1e-12, _occupied(pieces))
+    posts = pieces["post_s"].sum() / max(1e-12, _on_links(pieces))
     if copy_bytes < _FRAGMENT_BYTES and (posts > 0.5 or _is_far_below_link(run, pieces)):
         return "fragments"
     if is_slow or (compute != compute and wire == wire):
@@ -212,16 +216,21 @@ def _occupied(pieces: pd.DataFrame) -> float:
     return total
 
 
+def _on_links(pieces: pd.DataFrame) -> float:
+    """The same of each link, added up over the links: ranks send side by side."""
+    return sum(_occupied(own) for _, own in pieces.groupby(["src_rank", "dst_rank"]))
+
+
 def _is_far_below_link(run: Timeline, pieces: pd.DataFrame) -> bool:
     """Less than a third of what the link was measured to carry in one large copy when it was connected."""
     links = [args.get("bandwidth") for args in run.events.loc[run.events["name"] == "link", "args"]]
-    seconds = _occupied(pieces)
+    seconds = _on_links(pieces)
     return bool(links and seconds and pieces["bytes"].sum() / seconds < min(links) / 3)
 
 
 def _evidence(run: Timeline, reason: str) -> str:
     transfers = run.transfers[run.transfers["request_id"].isin(run.measured["request_id"])]
-    seconds = sum(_occupied(pieces) for _, pieces in transfers.groupby("request_id"))
+    seconds = sum(_on_links(pieces) for _, pieces in transfers.groupby("request_id"))
     rate = transfers["bytes"].sum() / seconds if seconds else 0.0
     if reason == "fragments":
         return f" ({transfers['bytes'].sum() / max(1, transfers['copies'].sum()) / 1024:.0f} KiB each, {_rate(rate)})"
@@ -287,16 +296,18 @@ def bottleneck(run: Timeline) -> Finding | None:
 
 
 def interference(run: Timeline) -> Finding | None:
-    """On a mixed node decode steps carry prefill chunks of others: what disaggregation is for."""
+    """On a mixed node decode steps carry prefill chunks of others, and everybody who decodes in one waits for them: what disaggregation is
+    for."""
     steps = run.steps[(run.steps["num_decodes"] > 0) & (run.steps["role"].isin(("mixed", "llm")))].copy()
     if not len(steps):
         return None
     steps["seconds"] = steps["end_s"] - steps["start_s"]
     is_shared = steps["num_tokens"] > steps["num_decodes"]
     shared, alone = steps.loc[is_shared, "seconds"], steps.loc[~is_shared, "seconds"]
+    waiting = steps.loc[is_shared, "num_decodes"]
     if not len(shared) or not len(alone) or shared.mean() < 1.5 * alone.mean():
         return None
-    lost = float((shared - alone.mean()).sum() / max(1, len(run.measured)))
+    lost = float(((shared - alone.mean()) * waiting).sum() / max(1, len(run.measured)))
     share = len(shared) / len(steps)
     text = f"{share:.0%} of decode steps carry prefill of others and take {_ms(shared.mean())} instead of {_ms(alone.mean())}."
     return Finding("interference", text, "Disaggregation removes this; smaller chunks (split_fuse_token_num) soften it.", lost)
@@ -306,7 +317,7 @@ def preemptions(run: Timeline) -> Finding | None:
     count = int(run.measured["num_preemptions"].sum())
     if not count:
         return None
-    text = f"{count} times a sequence lost its blocks and was computed again."
+    text = f"{count} times a sequence lost its blocks, to be computed again or swapped in."
     return Finding("preemptions", text, "Give that node more blocks or a smaller max_batch_size.", 0.0, {"count": float(count)})
 
 

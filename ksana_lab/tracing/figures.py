@@ -30,11 +30,11 @@ _RC: dict[Any, Any] = {
 # What is drawn as one, in order: (phases, colour, hatch).
 GROUPS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "HTTP and routing": (("client → router", "routing", "router → node", "node → router", "router → client"), "#CCCCCC", ""),
-    "API process": (("tokenising", "API → engine", "detokenising"), "#F0E442", ""),
+    "API process": (("tokenising", "detokenising"), "#F0E442", ""),
     "queueing": (("queueing",), "#999999", "...."),
     "prefill": (("prefill",), "#E69F00", ""),
-    "exposed transfer": (("exposed transfer",), "#D55E00", "////"),
-    "hand-over": (("hand-over", "decode queue"), "#CC79A7", "\\\\\\\\"),
+    "rest of transfer": (("rest of transfer",), "#D55E00", "////"),
+    "hand-over": (("noticing KV", "decode queue"), "#CC79A7", "\\\\\\\\"),
     "decode": (("decode",), "#56B4E9", ""),
     "delivery": (("delivery",), "#FFFFFF", ""),
 }

@@ -13,7 +13,7 @@ import orjson
 import pandas as pd
 
 from ksana_lab.tracing.clock import Alignment
-from ksana_lab.tracing.events import ProcessLog
+from ksana_lab.tracing.events import ProcessLog, beside
 from ksana_lab.tracing.nsys import COLUMNS
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def read_folder(folders: Sequence[Path], logs: Sequence[ProcessLog], alignment: 
     frames = []
     for path in sorted(file for folder in folders for file in folder.glob("kineto-*.json")):
         try:
-            frames.append(read(path, logs, alignment))
+            frames.append(read(path, beside(path, logs), alignment))
         except (orjson.JSONDecodeError, KeyError) as error:
             log.warning("%s is no trace of torch.profiler: %s", path, error)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ksana_lab.tracing.clock import Alignment
-from ksana_lab.tracing.events import ProcessLog
+from ksana_lab.tracing.events import ProcessLog, beside
 from ksana_lab.tracing.nsight import lacking
 from ksana_lab.tracing.nvtx import DOMAIN
 
@@ -53,7 +53,7 @@ def read_folder(folders: Sequence[Path], logs: Sequence[ProcessLog], alignment: 
             continue
         if lack:
             log.warning("%s %s", path, lack)
-        frames.append(rows(report, logs, alignment, path.stem))
+        frames.append(rows(report, beside(path, logs), alignment, path.stem))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
 

@@ -29,14 +29,15 @@ _PAYLOAD = ("bytes", "num_tokens", "layer", "step", "seq_id")
 _COLOURS = {"request": "green", "step": "blue", "layer": "purple", "transfer": "orange", "clock": "gray"}
 _ABOUT = ("request_id", "request", "seq_id", "layer", "layers", "chunk", "bytes", "peer", "step", "num_tokens", "num_decodes", "rank")
 
-# Event of a request -> the phase that begins with it; None = none does.
+# Event of a request -> the phase that begins with it; None = none does. A range begins where it is made: before "engine queue" a request
+# waits for the step that is under way, which ``queueing_s`` counts as well.
 _ENGINE_PHASES = {
-    "QUEUED": "queueing",
+    "QUEUED": "engine queue",
     "PREFILL_START": "prefill",
     "PREFILL_END": "decode",
     "TRANSFER_START": "waiting for KV",
     "DECODE_QUEUED": "decode",
-    "PREEMPTED": "queueing",
+    "PREEMPTED": "engine queue",
     "SWAPPED_IN": "decode",
     "FINISHED": None,
     "FAILED": None,

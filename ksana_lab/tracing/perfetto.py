@@ -83,12 +83,14 @@ def _add_requests(trace: _Trace, run: Timeline) -> None:
 
 
 def _add_steps(trace: _Trace, run: Timeline) -> None:
-    who = run.chunks.groupby(["pid", "step"])["request_id"].agg(list).to_dict() if len(run.chunks) else {}
+    key = ["node", "pid", "step"]
+    who = run.chunks.groupby(key)["request_id"].agg(list).to_dict() if len(run.chunks) else {}
     for step in run.steps.itertuples(index=False):
+        requests = who.get((step.node, step.pid, step.step), [])
         name = "prefill" if step.num_decodes == 0 else "decode" if step.num_decodes == step.num_tokens else "mixed"
         trace.span(
             trace.at(str(step.node), "steps"), f"{name} {step.num_tokens}", "step", step.start_s, step.end_s,
-            step=step.step, num_tokens=step.num_tokens, num_decodes=step.num_decodes, requests=who.get((step.pid, step.step), []),
+            step=step.step, num_tokens=step.num_tokens, num_decodes=step.num_decodes, requests=requests,
         )  # fmt: skip
     for row in run.computes.itertuples(index=False):
         where = trace.at(str(row.node), f"layers, rank {row.rank}")

@@ -32,12 +32,11 @@ _TO_NODE = [
     ("client → router", "router", "ARRIVED"),
     ("routing", "router", "ROUTED"),
     ("router → node", "first.api", "ARRIVED"),
-    ("tokenising", "first.api", "QUEUED"),
-    ("API → engine", "first.engine", "QUEUED"),
+    ("tokenising", "first.api", "QUEUED"),  # handed to the engine, which looks when the step that it is in is over
     ("queueing", "first.engine", "PREFILL_START"),
     ("prefill", "first.engine", "PREFILL_END"),
 ]
-_ARRIVAL_OF_KV = [("exposed transfer", "transfer", "END"), ("hand-over", "decode.engine", "TRANSFER_END")]
+_ARRIVAL_OF_KV = [("rest of transfer", "transfer", "END"), ("noticing KV", "decode.engine", "TRANSFER_END")]
 _TO_CLIENT = [
     ("detokenising", "answering.api", "FIRST_TOKEN"),
     ("node → router", "router", "FIRST_TOKEN"),
@@ -117,7 +116,7 @@ def join(logs: Sequence[ProcessLog], client: Sequence[RequestRecord] = ()) -> Ti
     seen.add_transfers(transfers)
     seen.add_chunks(chunks)
     requests, breakdown = _requests(seen, client)
-    requests = requests.join(request_transfers(transfers), on="request_id") if len(requests) else requests
+    requests = _with_transfers(requests, transfers)
     return Timeline(
         requests=requests,
         breakdown=breakdown,
@@ -143,7 +142,7 @@ def request_frame(logs: Sequence[ProcessLog], client: Sequence[RequestRecord]) -
     transfers = join_transfers(logs, seen.seconds, seen.request_of_transfer)
     seen.add_transfers(transfers)
     requests, _ = _requests(seen, client)
-    return (requests.join(request_transfers(transfers), on="request_id") if len(requests) else requests), origin_ns / 1e9
+    return _with_transfers(requests, transfers), origin_ns / 1e9
 
 
 def _origin(logs: Sequence[ProcessLog], alignment: Alignment, client: Sequence[RequestRecord]) -> int:
@@ -218,6 +217,7 @@ class _Marks:
                 address = info.get("prefill") if leg == "prefill" else info.get("decode") if leg in ("decode", "mixed") else None
                 if address and number not in names:
                     names[number] = address
+        names.update({number: names[engine] for number, engine in self._engines_of_ranks(names).items()})
         legs: dict[str, dict[str, int]] = defaultdict(dict)
         for number, log in enumerate(self.logs):
             if number in names:
@@ -227,6 +227,26 @@ class _Marks:
             order = legs[log.kind].get(names.get(number, ""), 0)
             named[number] = log.kind if log.kind in ("router", "llm") else f"{log.kind}{order}"
         return named
+
+    def _engines_of_ranks(self, names: Iterable[int]) -> dict[int, int]:
+        """Logs of engine processes that write nothing of requests -> the log among ``names`` whose steps their layers lie in."""
+        ranks = [number for number, log in enumerate(self.logs) if log.is_engine and number not in names]
+        engines = [number for number in names if self.logs[number].is_engine] if ranks else []
+        steps = {number: self._spans_of_steps(self.logs[number], "step") for number in engines}
+        found = {}
+        for number in ranks:
+            layers = self._spans_of_steps(self.logs[number], "layers")
+            shared = {
+                engine: sum(step in own and own[step][0] <= start <= own[step][1] for step, (start, _) in layers.items())
+                for engine, own in steps.items()
+                if self.logs[engine].kind == self.logs[number].kind
+            }
+            if any(shared.values()):
+                found[number] = max(shared, key=lambda engine: shared[engine])
+        return found
+
+    def _spans_of_steps(self, log: ProcessLog, name: str) -> dict[int, tuple[float, float]]:
+        return {e["args"]["step"]: (s := self.seconds(log, e["ts"]), s + e["dur"] / 1e9) for e in log.named(name, "step")}
 
     def add_client(self, records: Sequence[RequestRecord]) -> None:
         """Their clock is taken to be the router's: the load generator runs beside it."""
@@ -367,12 +387,15 @@ def _phases(at: dict[tuple[str, str], float], legs: dict[str, str]) -> tuple[lis
     before = _TO_NODE + (arrival if via_decode else []) + _TO_CLIENT
     after = ([] if via_decode else arrival) + _REST
     api, engine = f"{legs['first']}.api", f"{legs['first']}.engine"  # without client and router: as far as there are logs
+    handed = _handed(at, legs)
     start = next((at[key] for key in (("client", "SENT"), ("router", "ARRIVED"), (api, "ARRIVED"), (engine, "QUEUED")) if key in at), None)
     end = next(
         (at[k] for k in (("client", "LAST_TOKEN"), ("router", "FINISHED"), (f"{legs['decode']}.engine", "FINISHED")) if k in at), None
     )
     if start is None or end is None or not legs["first"]:
         return [], 0.0
+    if handed is not None and handed > start:
+        at = {**at, (api, "QUEUED"): handed}
     tokens = [(process, "FIRST_TOKEN") for process in ("client", "router", api, engine)]
     first_token = next((at[key] for key in tokens if key in at), end)
     segments, now, disorder = [], start, 0.0
@@ -397,6 +420,11 @@ def _process(name: str, legs: dict[str, str]) -> str:
     return f"{legs.get(leg, leg)}{dot}{part}" if dot else name
 
 
+def _handed(at: dict[tuple[str, str], float], legs: dict[str, str]) -> float | None:
+    """When the API process handed the request to the engine; where no log of it is at hand, when the engine took it up."""
+    return at.get((f"{legs['first']}.api", "QUEUED"), at.get((f"{legs['first']}.engine", "QUEUED")))
+
+
 def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, float | None]:
     first, decode = f"{legs['first']}.engine", f"{legs['decode']}.engine"
     get = at.get
@@ -411,9 +439,9 @@ def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, 
         "last_token_s": last,
         "ttft_s": _less(token, sent),
         "e2e_s": _less(last, sent),
-        "handed_s": get((f"{legs['first']}.api", "QUEUED"), get((first, "QUEUED"))),
+        "handed_s": _handed(at, legs),
         "queued_s": get((first, "QUEUED")),
-        "queueing_s": _less(get((first, "PREFILL_START")), get((first, "QUEUED"))),
+        "queueing_s": _less(get((first, "PREFILL_START")), _handed(at, legs)),
         "prefill_start_s": get((first, "PREFILL_START")),
         "prefill_end_s": get((first, "PREFILL_END")),
         "prefill_s": _less(get((first, "PREFILL_END")), get((first, "PREFILL_START"))),
@@ -423,6 +451,15 @@ def _times(at: dict[tuple[str, str], float], legs: dict[str, str]) -> dict[str, 
         "decode_start_s": get((decode, "DECODE_START")),
         "decode_end_s": get((decode, "FINISHED")),
     }
+
+
+def _with_transfers(requests: pd.DataFrame, transfers: pd.DataFrame) -> pd.DataFrame:
+    """``requests`` and what was sent of each."""
+    if not len(requests):
+        return requests
+    joined = requests.join(request_transfers(transfers), on="request_id")
+    joined["exposed_transfer_s"] = (joined["transfer_end_s"] - joined["prefill_end_s"]).clip(lower=0.0)
+    return joined
 
 
 def _less(a: float | None, b: float | None) -> float | None:

@@ -30,14 +30,12 @@ def join_transfers(logs: Sequence[ProcessLog], seconds: Seconds, request_of: Req
     recvs = [_piece(log, event, seconds, request_of) for log in logs for event in log.named("recv", "transfer")]
     if not sends:
         return pd.DataFrame(columns=PIECE_COLUMNS)
-    frame = pd.DataFrame(sends).drop_duplicates(_KEY, keep="last")
-    frame["src_rank"], frame["dst_rank"] = frame["own_rank"], frame["peer_rank"]
-    frame = frame.rename(columns={"pid": "src_pid", "domain": "src_domain"}).drop(columns=["own_rank", "peer_rank"])
+    frame = pd.DataFrame(sends).rename(columns={"own_rank": "src_rank", "peer_rank": "dst_rank", "pid": "src_pid", "domain": "src_domain"})
+    frame = frame.drop_duplicates(_KEY, keep="last")
     if recvs:
-        got = pd.DataFrame(recvs)
-        got["src_rank"], got["dst_rank"] = got["peer_rank"], got["own_rank"]
         names = {"start_s": "recv_start_s", "end_s": "recv_end_s", "pid": "dst_pid", "domain": "dst_domain"}
-        got = got.drop_duplicates(_KEY, keep="last").rename(columns=names)
+        got = pd.DataFrame(recvs).rename(columns={"own_rank": "dst_rank", "peer_rank": "src_rank", **names})
+        got = got.drop_duplicates(_KEY, keep="last")
         frame = frame.merge(got[[*_KEY, "recv_start_s", "recv_end_s", "dst_pid", "dst_domain"]], on=_KEY, how="left")
     frame = frame.reindex(columns=PIECE_COLUMNS)
     return _cut(frame.sort_values("start_s", ignore_index=True))
@@ -50,7 +48,7 @@ def _piece(log: ProcessLog, event: dict[str, Any], seconds: Seconds, request_of:
     first, end = args.get("tokens", (0, 0))
     return {
         "request_id": request, "index": index, "pair": args.get("pair", ""), "peer": peer, "own_rank": args["rank"],
-        "peer_rank": int(peer_rank), "src_rank": -1, "dst_rank": -1,
+        "peer_rank": int(peer_rank),
         "layer": args["layer"], "num_layers": args["layers"], "chunk": args["chunk"], "first_token": first, "end_token": end,
         "bytes": args["bytes"], "copies": args.get("copies", 0), "pid": log.pid, "domain": log.clock_domain,
         "ready_s": seconds(log, args["ready_ns"]) if args.get("ready_ns") else start,
@@ -74,7 +72,7 @@ def _cut(frame: pd.DataFrame) -> pd.DataFrame:
 def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
     """Per request, over all its ranks: bytes, pieces, first piece sent to last one arrived, and how long after the last layer that was."""
     columns = ["kv_bytes", "num_pieces", "num_copies", "transfer_start_s", "transfer_end_s", "compute_end_s", "transfer_s", "wire_s",
-               "hidden_s", "exposed_wire_s", "exposed_transfer_s"]  # fmt: skip
+               "hidden_s", "exposed_wire_s", "after_last_layer_s"]  # fmt: skip
     if not len(transfers):
         return pd.DataFrame(columns=columns)
     groups = transfers.groupby("request_id")
@@ -92,7 +90,7 @@ def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
         }
     )
     frame["transfer_s"] = frame["transfer_end_s"] - frame["transfer_start_s"]
-    frame["exposed_transfer_s"] = (frame["transfer_end_s"] - frame["compute_end_s"]).clip(lower=0.0)
+    frame["after_last_layer_s"] = (frame["transfer_end_s"] - frame["compute_end_s"]).clip(lower=0.0)
     return frame[columns]
 
 

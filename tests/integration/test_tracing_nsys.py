@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 from helpers_checkpoint import checkpoint
+from helpers_trace import record_minus_timeline
 
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.notebook.session import config
 from ksana_lab.tracing import nsight, nsys
 from ksana_lab.tracing.explain import explain
+from ksana_lab.tracing.phases import add_phases
 from ksana_lab.tracing.timeline import load
 from ksana_lab.workload.spec import WorkloadSpec
 
@@ -18,9 +20,9 @@ SPEC = {"rate": 6, "num_requests": 5, "prompt_tokens": 120, "output_tokens": 5, 
 CHANGES = ("setting.batch_scheduler.split_fuse_token_num=48",)
 
 
-def play(folder, **options):
+def play(folder, changes=CHANGES, **options):
     with Cluster.from_yaml(
-        config("pd_1p1d_cpu.yaml"), model_dir=checkpoint("qwen3"), trace_dir=folder, overrides=CHANGES, **options
+        config("pd_1p1d_cpu.yaml"), model_dir=checkpoint("qwen3"), trace_dir=folder, overrides=changes, **options
     ) as cluster:
         return cluster.play(WorkloadSpec.from_dict(SPEC))
 
@@ -36,6 +38,19 @@ def test_a_recorded_run_is_whole_and_adds_up(tmp_path):
     assert set(run.computes["layer"]) == set(range(run.layers["layer"].max() + 1))
     prefills = run.chunks[(run.chunks["kind"] == "prefill") & run.chunks["request_id"].isin(run.measured["request_id"])]
     assert (prefills.groupby("request_id")["num_tokens"].sum() == 120).all()
+
+
+@pytest.mark.integration
+def test_one_name_is_one_number_in_a_runs_records_and_in_its_timeline(tmp_path):
+    """The decode node has two ranks, and both get their share."""
+    records = play(tmp_path, changes=(*CHANGES, "nodes.decode.tensor_parallel_size=2"))
+    assert add_phases(records, tmp_path) == len(records) == 5
+    run = load(tmp_path, client=records)
+    assert run.checks()["is_ok"].all(), run.checks().to_string()
+    assert run.transfers.groupby("dst_rank")["bytes"].sum().tolist() == [run.requests["kv_bytes"].sum() / 2] * 2
+    difference = record_minus_timeline(records, run)
+    assert {"queueing_s", "prefill_s", "exposed_transfer_s", "transfer_s"} <= set(difference)
+    assert (difference.abs() < 1e-6).all(axis=None), difference.to_string()
 
 
 @pytest.mark.integration
@@ -58,7 +73,7 @@ def test_nodes_under_nsys_leave_reports_that_agree_with_their_logs(tmp_path):
     assert len(starts) == len(logged) > 0 and np.median(np.abs(starts - logged)) < 1e-3
     sends = run.device[(run.device["kind"] == "nvtx span") & (run.device["name"] == "send")]
     assert len(sends) == len(run.transfers) and sends["bytes"].sum() == run.transfers["bytes"].sum()
-    assert {"queueing", "prefill", "waiting for KV", "decode"} <= set(run.device["name"])
+    assert {"engine queue", "prefill", "waiting for KV", "decode"} <= set(run.device["name"])
 
 
 @pytest.mark.integration

@@ -27,6 +27,13 @@ def test_queueing_names_its_share(tmp_path):
     assert "49%" in finding.text or "48%" in finding.text or "50%" in finding.text
 
 
+def test_waiting_for_the_step_under_way_is_queueing_and_no_overhead(tmp_path):
+    explanation = explain(joined(tmp_path, looks_after_ms=20.0))
+    finding = explanation.of("queueing")
+    assert finding.lost_s == pytest.approx(0.0205, abs=1e-4) and finding.numbers["unseen_s"] == pytest.approx(0.02, abs=1e-4)
+    assert "20.0 ms of it until the engine looked" in finding.text and explanation.of("overhead") is None
+
+
 @pytest.mark.parametrize(
     ("reason", "numbers"),
     [
@@ -41,6 +48,12 @@ def test_why_a_transfer_is_exposed(tmp_path, reason, numbers):
     run = joined(tmp_path, **numbers)
     assert set(why_exposed(run)["reason"]) == {reason}
     assert f"exposed: {reason}" in rules(run)
+
+
+def test_a_link_is_as_slow_as_it_is_with_others_beside_it(tmp_path):
+    """Two ranks send at the same time: 7 ms for a layer on each link, and not 3.5."""
+    finding = explain(joined(tmp_path, num_ranks=2, wire_ms=7.0)).of("exposed: link")
+    assert "a layer takes 7.0 ms to send, 5.0 ms to compute" in finding.text and "0.15 GB/s" in finding.text
 
 
 def test_a_decode_side_that_keeps_requests_waiting(tmp_path):

@@ -54,9 +54,6 @@ def test_a_folder_without_logs_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.skipif(
-    not RECORDING.is_dir(), reason="tests/data/gpu_recording is not there yet; docs/tracing.md says how it is made on two GPUs"
-)
 def test_the_recording_from_two_gpus_is_whole_and_adds_up(tmp_path):
     folder = shrink.unpack(RECORDING, tmp_path)
     run = load(folder)

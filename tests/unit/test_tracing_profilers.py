@@ -91,6 +91,25 @@ def test_rows_lie_on_the_clock_of_the_log(tmp_path, clock_mark):
     assert set(run.device["kind"]) == {"nvtx range", "nvtx span", "kernel", "copy", "gpu layer", "gpu step"}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("profiler", ["nsys", "kineto"])
+def test_a_process_is_looked_for_on_the_host_of_its_report(tmp_path, profiler, order):
+    """Containers count their processes alike: the decode host's engine has the number of the prefill host's."""
+    fake = FakeRun(domain_of_decode="host-b", decode_clock_ahead_ms=7000.0)
+    here, there = fake.write(tmp_path / "a"), tmp_path / "b"
+    there.mkdir()
+    engine = there / next(here.glob("decode.tp0*")).name
+    engine.write_text(next(here.glob("decode.tp0*")).read_text().replace('"pid": 104', f'"pid": {ENGINE}'))
+    next(here.glob("decode.tp0*")).unlink()
+    if profiler == "nsys":
+        write_report(there / "decode0.sqlite")
+    else:
+        events = [{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 60.0, "dur": 20.0, "pid": ENGINE, "tid": 1, "args": {}}]
+        (there / "kineto-decode-1.json").write_text(json.dumps({"baseTimeNanoseconds": START, "traceEvents": events}))
+    device = load([here, there][::order], client=fake.client).device
+    assert len(device) and set(device["process"]) == {"decode.tp0"}
+
+
 def test_a_file_that_is_no_report_is_left_out(tmp_path):
     fake = FakeRun()
     fake.write(tmp_path)

@@ -115,7 +115,7 @@ class FakeNvtx:
         return len(self.open) - 1
 
     def end_range(self, handle):
-        self.closed.append(self.open[handle]["message"].split(" ")[0])
+        self.closed.append(self.open[handle]["message"].partition(" request_id=")[0])
 
     def push_range(self, **event):
         self.stack.append(event["message"])
@@ -130,7 +130,7 @@ def test_phases_of_a_request_become_ranges():
     recorder = NvtxRecorder(NullRecorder(), "prefill.tp0", nvtx)
     for name in ("QUEUED", "PREFILL_START", "PREFILL_END", "FINISHED"):
         recorder.instant(name, "request", request_id="a", seq_id=3)
-    assert nvtx.closed == ["queueing", "prefill", "decode"]
+    assert nvtx.closed == ["engine queue", "prefill", "decode"]
     assert {e["domain"] for e in nvtx.open.values()} == {"ksana_lab"} and nvtx.open[1]["payload"] == 3
     assert nvtx.open[1]["message"] == "prefill request_id=a seq_id=3"
 

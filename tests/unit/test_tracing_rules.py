@@ -79,13 +79,22 @@ def test_interference_is_decode_steps_that_carry_prefill(mixed, shared_ms, is_sa
         assert finding.lost_s == pytest.approx(0.008 / 2)
 
 
+def test_interference_is_lost_by_everybody_who_decodes_in_the_step(mixed):
+    for name, start in (("a", 0), ("b", 10), ("c", 30)):
+        mixed.request(name, start, start, start + 10, 200)
+    mixed.step(20, 24, ("a", 64, 1), ("b", 64, 1), decodes=2)
+    mixed.step(30, 42, ("a", 65, 1), ("b", 65, 1), ("c", 0, 64), decodes=2)
+    assert mixed.explain().of("interference").lost_s == pytest.approx(2 * 0.008 / 3)
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_preemptions_are_counted(mixed, count):
     mixed.request("a", 0, 0, 10, 100)
     for at in range(count):
-        mixed.mark("PREEMPTED", 20 + at, "a")
+        mixed.mark("PREEMPTED", 20 + at, "a", mode="swap")
     finding = mixed.explain().of("preemptions")
     assert (finding.numbers["count"] if finding else 0) == count
+    assert finding is None or finding.text.endswith("to be computed again or swapped in.")
 
 
 def test_failures_are_counted_with_the_first_reason(mixed):

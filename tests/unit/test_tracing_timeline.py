@@ -3,16 +3,16 @@
 import itertools
 
 import pytest
-from helpers_trace import FakeRun
+from helpers_trace import FakeRun, record_minus_timeline
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics import latency
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.tracing import perfetto
 from ksana_lab.tracing.events import read_logs
-from ksana_lab.tracing.figures import FIGURES
+from ksana_lab.tracing.figures import FIGURES, GROUPS
 from ksana_lab.tracing.phases import add_phases
-from ksana_lab.tracing.timeline import load
+from ksana_lab.tracing.timeline import PHASES, load
 
 
 def joined(tmp_path, **numbers):
@@ -40,11 +40,46 @@ def test_phases_add_up_to_what_the_client_saw(tmp_path):
 
 
 def test_phases_have_the_lengths_that_were_put_in(tmp_path):
-    run = joined(tmp_path, queueing_ms=7.0, compute_ms=5.0)
+    run = joined(tmp_path, looks_after_ms=2.0, queueing_ms=7.0, compute_ms=5.0)
     mean = run.breakdown.groupby("phase")["seconds"].mean() * 1e3
-    assert mean["queueing"] == pytest.approx(7.0, abs=1e-3)
+    assert mean["tokenising"] == pytest.approx(0.1, abs=1e-3)
+    assert mean["queueing"] == pytest.approx(2.0 + 7.0, abs=1e-3)  # the step under way counts
     assert mean["prefill"] == pytest.approx(20.0, abs=1e-3)
     assert mean["decode"] == pytest.approx(20.0, abs=1e-3)
+
+
+def test_one_name_is_one_number_in_records_and_timeline(tmp_path):
+    fake = FakeRun(looks_after_ms=16.0, sampling_ms=2.0, wire_ms=3.0)
+    run = load(fake.write(tmp_path), client=fake.client)
+    add_phases(fake.client, tmp_path)
+    difference = record_minus_timeline(fake.client, run)
+    assert {"ttft_s", "e2e_s", "queueing_s", "prefill_s", "exposed_transfer_s", "transfer_s"} <= set(difference)
+    assert (difference.abs() < 1e-6).all(axis=None), difference.to_string()
+
+
+def test_phases_up_to_the_first_token_are_the_records_parts(tmp_path):
+    fake = FakeRun(num_requests=1, looks_after_ms=16.0, sampling_ms=2.0)
+    run = load(fake.write(tmp_path), client=fake.client)
+    add_phases(fake.client, tmp_path)
+    phases = run.breakdown[run.breakdown["is_ttft"]].set_index("phase")["seconds"]
+    parts = [phases[:"tokenising"].sum(), phases["queueing"], phases["prefill"], phases["detokenising":].sum()]
+    assert parts == pytest.approx([latency.PER_REQUEST[name](fake.client[0]) for name in latency.TTFT_PARTS], abs=1e-6)
+
+
+def test_without_the_api_process_log_queueing_begins_when_the_engine_looks(tmp_path):
+    fake = FakeRun(looks_after_ms=16.0, queueing_ms=7.0)
+    fake.write(tmp_path)
+    next(tmp_path.glob("prefill-api*")).unlink()
+    run = load(tmp_path, client=fake.client)
+    queueing = run.breakdown.loc[run.breakdown["phase"] == "queueing", "seconds"]
+    assert [*queueing, *run.requests["queueing_s"]] == pytest.approx([7e-3] * 6, abs=1e-6)
+
+
+def test_what_a_request_waits_for_is_counted_from_the_end_of_prefill(tmp_path):
+    """The last piece leaves when its layer is computed, and its first milliseconds pass while the token is sampled."""
+    run = joined(tmp_path, num_requests=1, wire_ms=5.0, sampling_ms=2.0)
+    assert run.requests["exposed_transfer_s"].iloc[0] == pytest.approx(3e-3)
+    assert run.requests["after_last_layer_s"].iloc[0] == pytest.approx(5e-3)
 
 
 def test_hidden_and_exposed_of_layerwise_transfer(tmp_path):
@@ -67,6 +102,21 @@ def test_a_piece_of_all_layers_is_shared_out_evenly(tmp_path):
     assert len(run.transfers) == 3 and len(run.layers) == 12
     assert run.layers["hidden_s"].sum() == 0 and ok(run)["hidden + exposed = wire"]
     assert ok(run)["layer sends"]
+
+
+def test_every_rank_sends_its_share(tmp_path):
+    """Two ranks send pieces of the same layers and tokens."""
+    run = joined(tmp_path, num_ranks=2)
+    assert len(run.transfers) == 3 * 4 * 2 and run.transfers["recv_end_s"].notna().all()
+    assert (run.requests["kv_bytes"] == 2 * 4 * (1 << 20)).all() and all(ok(run).values())
+
+
+def test_layers_of_a_second_rank_are_those_of_its_own_node(tmp_path):
+    """Two nodes number their steps alike, and only rank 0 writes which requests it runs."""
+    run = joined(tmp_path, num_prefills=2, num_ranks=2, num_requests=6)
+    assert sorted(run.processes.loc[run.processes["process"] == "prefill.tp1", "node"]) == ["prefill0", "prefill1"]
+    assert len(run.layers) == 6 * 4 * 2 and run.layers["bytes"].sum() == run.requests["kv_bytes"].sum()
+    assert (run.layers["compute_end_s"] - run.layers["ready_s"]).abs().max() < 1e-6
 
 
 def test_a_lost_send_is_noticed(tmp_path):
@@ -115,6 +165,21 @@ def test_spans_of_one_track_do_not_cross(tmp_path):
     for spans in tracks.values():
         spans.sort()
         assert all(a_end <= b_start + 1e-2 for (_, a_end), (b_start, _) in itertools.pairwise(spans))
+
+
+def test_steps_of_two_hosts_hold_their_own_requests_though_processes_have_one_number(tmp_path):
+    """Containers count their processes alike."""
+    fake = FakeRun(num_requests=1)
+    path = next(fake.write(tmp_path).glob("decode.tp0*"))
+    path.write_text(path.read_text().replace('"pid": 104', '"pid": 102'))
+    run = load(tmp_path, client=fake.client)
+    steps = [e for e in perfetto.to_chrome(run)["traceEvents"] if e.get("cat") == "step" and e["ph"] == "X"]
+    assert set(run.steps["pid"]) == {102} and [e["args"]["requests"] for e in steps] == [["r-0"]] * 6
+
+
+def test_every_phase_is_drawn_and_none_that_is_not():
+    drawn = [phase for phases, _, _ in GROUPS.values() for phase in phases]
+    assert sorted(drawn) == sorted(PHASES)
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
