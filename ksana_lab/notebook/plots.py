@@ -1,7 +1,8 @@
 """Figures: a DataFrame in, a matplotlib Figure out. Knows nothing of how the numbers came about.
 
 Two kinds of frame: one row per request (``metrics.export.to_frame``) for CDFs and Gantts, one row per run (``summary_row``) for everything
-against a rate, a split, a length. Rows that agree on all but the seed are repeats: their mean is drawn, with a 95% interval.
+against a rate, a split, a length. Rows that agree on all but the seed are repeats: their mean is drawn, with a 95% interval. Rows that
+differ in an axis of the sweep are drawn apart, named by ``by`` and by what differs (``notebook.configurations``).
 
 Readable in print and for the colour-blind: Okabe and Ito's colours, and never colour alone (line styles, markers, hatches, words).
 A figure is closed towards pyplot when it is returned, so a notebook shows it once; ``save`` writes PNG, PDF and CSV."""
@@ -20,8 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from ksana_lab.metrics.summary import SLO, confidence_interval
+from ksana_lab.notebook import uncertainty
+from ksana_lab.notebook.configurations import groups
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
@@ -29,15 +33,15 @@ _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)
 # Of a Gantt's bars, in the order in which a request goes through them: colour, hatch.
 PHASES = {
     "waiting for the first token": ("#BBBBBB", ""),
+    "to the node": ("#8C8C8C", ""),
     "queue": ("#E6E6E6", ""),
     "prefill": ("#E69F00", ""),
+    "to first token": ("#BBBBBB", "...."),
     "exposed transfer": ("#D55E00", "////"),
-    "to first token": ("#BBBBBB", ""),
     "decode": ("#56B4E9", ""),
 }
 _WIRE = {"hidden": ("#56B4E9", ""), "exposed": ("#D55E00", "////")}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 _RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -52,12 +56,15 @@ _RC: dict[Any, Any] = {
 }
 
 
-def latency_cdfs(frame: pd.DataFrame, *, by: str = "system", metrics: Sequence[str] = ("ttft_s", "tpot_s")) -> Figure:
-    """One panel per metric, one curve per value of ``by``: the share of requests that were at most so slow."""
+def latency_cdfs(
+    frame: pd.DataFrame, *, by: str = "system", metrics: Sequence[str] = ("ttft_s", "tpot_s"), sweep_axes: Sequence[str] | None = None
+) -> Figure:
+    """One panel per metric, one curve per value of ``by``: the share of requests that were at most so slow. Requests of several rates share
+    a curve: choose one rate first to see it alone."""
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.0), layout="constrained", squeeze=False)
         for panel, metric in zip(axes[0], metrics, strict=True):
-            draw_cdf(panel, frame, metric, by)
+            draw_cdf(panel, frame, metric, by, sweep_axes)
         _legend_above(figure, axes[0][0])
     return _done(figure)
 
@@ -104,23 +111,32 @@ def _busiest(times: np.ndarray, count: int) -> int:
     return int(np.argmin(times[count - 1 :] - times[: len(times) - count + 1]))
 
 
-def latency_vs_rate(runs: pd.DataFrame, *, metric: str = "ttft_s_p90", by: str = "system", slo_s: float | None = None) -> Figure:
-    """One curve per value of ``by``: a latency percentile against the offered ``rate``; the SLO as a line."""
+def latency_vs_rate(
+    runs: pd.DataFrame,
+    *,
+    metric: str = "ttft_s_p90",
+    by: str = "system",
+    slo_s: float | None = None,
+    sweep_axes: Sequence[str] | None = None,
+) -> Figure:
+    """One curve per configuration: a latency percentile against the offered ``rate``; the SLO as a line."""
     figure, axes = _single()
-    draw_curves(axes, runs, "rate", metric, by, scale=1e3)
+    draw_curves(axes, runs, "rate", metric, by, scale=1e3, sweep_axes=sweep_axes)
     if slo_s is not None:
-        axes.axhline(slo_s * 1e3, color="#000000", linewidth=0.8, linestyle=":")
-        axes.annotate("SLO", (1.0, slo_s * 1e3), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        _bound_line(axes, slo_s * 1e3, "SLO")
+    _rate_ticks(axes, runs)
     axes.set(xlabel="offered rate (requests/s)", ylabel=f"{_statistic(metric)} (ms)")
     axes.set_ylim(bottom=0)
     return _finished(figure, axes)
 
 
-def attainment_vs_rate(runs: pd.DataFrame, *, by: str = "system", target: float = 0.9) -> Figure:
-    """Share of requests that met the SLO against the offered rate; the target as a line."""
+def attainment_vs_rate(runs: pd.DataFrame, *, by: str = "system", target: float = 0.9, sweep_axes: Sequence[str] | None = None) -> Figure:
+    """Share of requests that met the SLO against the offered rate; the target as a line. A point of a single run has the interval that its
+    number of requests gives it."""
     figure, axes = _single()
-    draw_curves(axes, runs, "rate", "slo_attainment", by)
-    _target_line(axes, target)
+    draw_curves(axes, uncertainty.with_attainment_interval(runs), "rate", "slo_attainment", by, sweep_axes=sweep_axes)
+    _bound_line(axes, target, f"{target:.0%}")
+    _rate_ticks(axes, runs)
     axes.set(xlabel="offered rate (requests/s)", ylabel="SLO attainment", ylim=(0, 1.02))
     return _finished(figure, axes)
 
@@ -128,77 +144,110 @@ def attainment_vs_rate(runs: pd.DataFrame, *, by: str = "system", target: float 
 def attainment_vs_slo_scale(
     requests: pd.DataFrame, slo: SLO, scales: Sequence[float], *, by: str = "system", target: float = 0.9
 ) -> Figure:
-    """From one row per request: attainment if every bound were ``scale`` times as wide, as DistServe draws it. ``itl_s`` is not in such a
-    frame: raises ValueError for an SLO that bounds it."""
+    """From one row per request: attainment if every bound were ``scale`` times as wide, as DistServe draws it. Requests of several rates
+    share a curve. ``itl_s`` is not in such a frame: raises ValueError for an SLO that bounds it."""
     bounds = {name: bound for name, bound in vars(slo).items() if bound is not None}
     if "itl_s" in bounds:
         raise ValueError("an SLO with itl_s needs the records (summary.slo_attainment), not a frame of requests")
-    rows = requests[~requests["is_cancelled"]] if "is_cancelled" in requests else requests
     points = []
-    for (name, *_), group in rows.groupby([by, "repeat"] if "repeat" in rows else [by], sort=False):
-        for scale in scales:
-            met = group["is_ok"].astype(bool)
-            for metric, bound in bounds.items():
-                met &= ~(group[metric] > bound * scale)  # a metric that a request cannot have does not break its bound
-            points.append({by: name, "scale": scale, "slo_attainment": met.mean()})
+    for name, rows in groups(_not_cancelled(requests), by, without=("rate",)):
+        for _, group in rows.groupby("repeat") if "repeat" in rows else ((0, rows),):
+            for scale in scales:
+                met = group["is_ok"].astype(bool)
+                for metric, bound in bounds.items():
+                    met &= ~(group[metric] > bound * scale)  # a metric that a request cannot have does not break its bound
+                points.append({by: name, "scale": scale, "slo_attainment": met.mean()})
     figure, axes = _single()
-    draw_curves(axes, pd.DataFrame(points), "scale", "slo_attainment", by)
-    _target_line(axes, target)
+    draw_curves(axes, pd.DataFrame(points), "scale", "slo_attainment", by, sweep_axes=())
+    _bound_line(axes, target, f"{target:.0%}")
     axes.set(xlabel="SLO scale", ylabel="SLO attainment", ylim=(0, 1.02))
     return _finished(figure, axes)
 
 
-def goodput_by_split(runs: pd.DataFrame, *, split: str = "split", value: str = "goodput_rps_per_gpu") -> Figure:
-    """One bar per split (1P3D, 2P2D, …, aggregated), mean of the repeats with its interval."""
-    figure, axes = _single()
-    for i, (_, rows) in enumerate(runs.groupby(split, sort=False)):
-        interval = confidence_interval(rows[value].dropna().tolist())
-        error = None if np.isnan(interval.half_width) else interval.half_width
-        axes.bar(i, interval.mean, yerr=error, color=OKABE_ITO[i % 7], hatch=_HATCHES[i % len(_HATCHES)], edgecolor="#333333", capsize=3)
-        axes.annotate(f"{interval.mean:.2f}", (i, interval.mean + (error or 0.0)), xytext=(0, 3), textcoords="offset points", ha="center")
-    axes.set_xticks(range(runs[split].nunique()), list(dict.fromkeys(runs[split].astype(str))))
-    axes.set(xlabel=split, ylabel="goodput per GPU (requests/s)" if value == "goodput_rps_per_gpu" else _words(value))
+def goodput_by_split(
+    runs: pd.DataFrame, *, split: str = "split", value: str = uncertainty.GOODPUT, sweep_axes: Sequence[str] | None = None
+) -> Figure:
+    """One bar per configuration (1P3D, 2P2D, …, mixed nodes), mean of the repeats with its interval. A hatched bar without a top is a lower
+    bound: the target was met at the highest rate that was tried. A star: the client did not keep up."""
+    bars = groups(runs, split, sweep_axes=sweep_axes)
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(figsize=(max(5.2, 1.0 + 0.9 * len(bars)), 3.4), layout="constrained")
+    values = [uncertainty.goodput_estimate(r) if value == uncertainty.GOODPUT else uncertainty.estimate(r, value) for _, r in bars]
+    for i, (found, (_, rows)) in enumerate(zip(values, bars, strict=True)):
+        _draw_bar(axes, i, found, "" if _is_trustworthy(rows) else " *")
+    axes.set_xticks(range(len(bars)), [name.replace(" · ", "\n") for name, _ in bars])
+    notes = ["≥ the target was met at the highest rate that was tried"] if any(found.is_lower_bound for found in values) else []
+    notes += [] if _is_trustworthy(runs) else ["* the client did not keep up in at least one run"]
+    axes.set_xlabel("\n".join([split, *notes]))
+    axes.set_ylabel("goodput per GPU (requests/s)" if value == uncertainty.GOODPUT else _words(value))
     axes.grid(axis="x", visible=False)
+    axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
     return _done(figure)
 
 
-def pareto(
-    runs: pd.DataFrame, *, by: str = "system", num_gpus: str = "num_gpus", point: Sequence[str] = ("split", "rate", "transfer_mode")
-) -> Figure:
-    """Tokens per second and user (1 / TPOT p50) against output tokens per second and GPU; each system's frontier drawn through. Repeats,
-    rows that agree in the columns ``point``, are one point with its intervals."""
-    frame = runs.assign(per_user=1.0 / runs["tpot_s_p50"], per_gpu=runs["output_throughput_tps"] / runs[num_gpus])
+def _draw_bar(axes: Axes, at: int, found: uncertainty.Estimate, mark: str) -> None:
+    """Never black: the interval is."""
+    colour, left, right, top = OKABE_ITO[at % 6], at - 0.4, at + 0.4, found.value
+    if found.is_lower_bound:
+        axes.bar(at, found.value, width=0.8, color=colour, alpha=0.45, hatch="////", edgecolor="#FFFFFF", linewidth=0)
+        axes.plot([left, left, right, right], [found.value, 0, 0, found.value], color="#333333", linewidth=1.0)
+    else:
+        axes.bar(at, found.value, width=0.8, color=colour, edgecolor="#333333")
+    if found.has_interval:
+        up = 0.0 if found.is_lower_bound or np.isinf(found.high) else found.high - found.value
+        axes.errorbar(at, found.value, yerr=[[found.value - found.low], [up]], color="#000000", capsize=3, linewidth=1.2)
+        top += up
+        if np.isinf(found.high):
+            axes.plot(at, found.value, marker="^", color="#000000", markersize=5)
+    said = "none met" if found.value == 0 else f"{'≥ ' if found.is_lower_bound else ''}{found.value:.3g}"
+    axes.annotate(said + mark, (at, top), xytext=(0, 6), textcoords="offset points", ha="center")
+
+
+def _is_trustworthy(rows: pd.DataFrame) -> bool:
+    return "is_trustworthy" not in rows or bool(rows["is_trustworthy"].all())
+
+
+def pareto(runs: pd.DataFrame, *, by: str = "system", num_gpus: str = "num_gpus", sweep_axes: Sequence[str] | None = None) -> Figure:
+    """Tokens per second and user (1 / TPOT p50) against output tokens per second and GPU. One point per configuration and rate, repeats
+    with their intervals; a marker per configuration, and through all that share a value of ``by`` their frontier."""
+    points: dict[Any, list[pd.DataFrame]] = {value: [] for value in runs[by]}
     figure, axes = _single()
-    for i, (name, rows) in enumerate(frame.groupby(by, sort=False)):
-        style: dict[str, Any] = {"marker": _MARKERS[i % 7], "color": OKABE_ITO[i % 7]}
-        points = _means(rows, point)
-        axes.errorbar(points["per_user"], points["per_gpu"], xerr=points["per_user_error"], yerr=points["per_gpu_error"], linestyle="",
-                      capsize=2, alpha=0.45, **style)  # fmt: skip
-        edge = _frontier(points)
-        axes.plot(edge["per_user"], edge["per_gpu"], linestyle=_LINES[i % 7], label=str(name), **style)
+    for i, (name, rows) in enumerate(groups(runs, by, without=("rate",), sweep_axes=sweep_axes)):
+        value, at = rows[by].iloc[0], _points(rows, num_gpus)
+        points[value].append(at)
+        style: dict[str, Any] = {"marker": _MARKERS[i % 7], "color": OKABE_ITO[list(points).index(value) % 7], "linestyle": ""}
+        drawn = axes.errorbar(at["per_user"], at["per_gpu"], xerr=at["per_user_error"], yerr=at["per_gpu_error"], capsize=2, **style)
+        drawn.lines[0].set_label(name)  # the legend shows the marker alone
+    for i, found in enumerate(points.values()):
+        edge = _frontier(pd.concat(found, ignore_index=True))
+        axes.plot(edge["per_user"], edge["per_gpu"], linestyle=_LINES[i % 7], color=OKABE_ITO[i % 7])
     axes.set(xlabel="tokens/s per user (1 / TPOT p50)", ylabel="output tokens/s per GPU")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     return _finished(figure, axes)
 
 
-def _means(rows: pd.DataFrame, point: Sequence[str]) -> pd.DataFrame:
-    """One row per point; ``_error``: half-width over its repeats, nan of one."""
-    same = [column for column in point if column in rows and rows[column].notna().all()]
-    if "repeat" not in rows or rows["repeat"].nunique() < 2 or not same:
-        return rows.assign(per_user_error=np.nan, per_gpu_error=np.nan)
+def _points(rows: pd.DataFrame, num_gpus: str) -> pd.DataFrame:
+    """Of one configuration: tokens/s per user and per GPU, a row per rate; ``_error``: half-width over its repeats, nan of one."""
+    frame = rows.assign(per_user=1.0 / rows["tpot_s_p50"], per_gpu=rows["output_throughput_tps"] / rows[num_gpus])
     points = []
-    for _, group in rows.groupby(same, sort=False):
-        intervals = {name: confidence_interval(group[name].dropna().tolist()) for name in ("per_user", "per_gpu")}
+    for _, repeats in frame.groupby("rate", dropna=False) if "rate" in frame else ((None, frame),):
+        intervals = {name: confidence_interval(repeats[name].dropna().tolist()) for name in ("per_user", "per_gpu")}
         points.append({name: v.mean for name, v in intervals.items()} | {f"{name}_error": v.half_width for name, v in intervals.items()})
     return pd.DataFrame(points)
 
 
-def heat_map(runs: pd.DataFrame, *, x: str = "rate", y: str = "split", value: str = "slo_attainment") -> Figure:
-    """``value`` over two axes, written into every cell; repeats are averaged."""
-    grid = runs.pivot_table(index=y, columns=x, values=value, aggfunc="mean", sort=False).sort_index(axis=1)
+def heat_map(
+    runs: pd.DataFrame, *, x: str = "rate", y: str = "split", value: str = "slo_attainment", sweep_axes: Sequence[str] | None = None
+) -> Figure:
+    """``value`` over two axes, written into every cell; repeats are averaged. What differs in yet another axis has a row of its own."""
+    rows_of = groups(runs, y, without=(x,), sweep_axes=sweep_axes)
+    grid = pd.DataFrame({name: rows.groupby(x)[value].mean() for name, rows in rows_of}).T.sort_index(axis=1)
     with plt.rc_context(_RC):
-        figure, axes = plt.subplots(figsize=(1.6 + 0.7 * grid.shape[1], 1.2 + 0.45 * grid.shape[0]), layout="constrained")
+        figure, axes = plt.subplots(
+            figsize=(1.3 + 0.07 * max(map(len, grid.index)) + 0.7 * grid.shape[1], 1.2 + 0.45 * grid.shape[0]), layout="constrained"
+        )
         in_ms = re.search(r"_s(_|$)", value) is not None
         numbers = grid.to_numpy(dtype=float) * (1e3 if in_ms else 1.0)
         low = 0.0 if value == "slo_attainment" else float(np.nanmin(numbers))
@@ -228,14 +277,15 @@ def exposed_vs_prompt(requests: pd.DataFrame, *, by: str = "transfer_mode") -> F
 
 
 def against_prompt(requests: pd.DataFrame, metric: str, *, by: str = "system") -> Figure:
-    """A latency of each request against its prompt's length. The line is a median: of each length where lengths repeat, else of each of
-    eight equally full ranges of lengths."""
+    """A latency of each completed request against its prompt's length. The line is a median: of each length where lengths repeat, else of
+    each of eight equally full ranges of lengths."""
+    requests = requests[requests["is_ok"].astype(bool)] if "is_ok" in requests else requests
     figure, axes = _single()
-    for i, (name, rows) in enumerate(requests.dropna(subset=[metric]).groupby(by, sort=False)):
-        colour, marker = OKABE_ITO[i % 7], _MARKERS[i % 7]
-        axes.plot(rows["num_prompt_tokens"], rows[metric] * 1e3, linestyle="", marker=marker, markersize=4, color=colour, alpha=0.3)
+    for i, (name, rows) in enumerate(groups(requests.dropna(subset=[metric]), by, without=("rate",))):
+        style = _style(i)
+        axes.plot(rows["num_prompt_tokens"], rows[metric] * 1e3, **style | {"linestyle": ""}, markersize=4, alpha=0.3)
         middle = _medians(rows["num_prompt_tokens"], rows[metric] * 1e3)
-        axes.plot(middle.index, middle, linestyle=_LINES[i % 7], marker=marker, markersize=5, color=colour, label=str(name))
+        axes.plot(middle.index, middle, **style, markersize=5, label=name)
     axes.set(xlabel="prompt tokens", ylabel=f"{_words(metric)} (ms)")
     axes.set_xscale("log", base=2)
     lengths = sorted(set(requests["num_prompt_tokens"].tolist()))
@@ -332,30 +382,49 @@ def save(figure: Figure, path: str | Path, frame: pd.DataFrame | None = None) ->
 # ---- panels ----------------------------------------------------------------------------------------------------------
 
 
-def draw_cdf(axes: Axes, frame: pd.DataFrame, metric: str, by: str) -> None:
-    """Steps at every request; a failed request has no latency and keeps the curve below 1."""
-    for i, (name, rows) in enumerate(frame.groupby(by, sort=False)):
-        values = np.sort(rows[metric].dropna().to_numpy(dtype=float)) * 1e3
-        counted = rows["is_ok"] | rows["error"].notna() if "is_ok" in rows else rows[metric].notna()
-        total = max(int(counted.sum()), len(values), 1)
-        share = np.arange(1, len(values) + 1) / total
-        axes.step(values, share, where="post", color=OKABE_ITO[i % 7], linestyle=_LINES[i % 7], linewidth=1.6, label=str(name))
+def draw_cdf(axes: Axes, frame: pd.DataFrame, metric: str, by: str, sweep_axes: Sequence[str] | None = None) -> None:
+    """Steps at every completed request that has the metric. A failed request has no latency, whatever it got before it failed, and keeps
+    the curve below 1; one that the client cancelled is not there."""
+    for i, (name, rows) in enumerate(groups(_not_cancelled(frame), by, without=("rate",), sweep_axes=sweep_axes)):
+        is_ok = rows["is_ok"].astype(bool) if "is_ok" in rows else rows[metric].notna()
+        values = np.sort(rows.loc[is_ok, metric].dropna().to_numpy(dtype=float)) * 1e3
+        share = np.arange(1, len(values) + 1) / max(len(values) + int((~is_ok).sum()), 1)
+        style = _style(i)
+        axes.step(values, share, where="post", color=style["color"], linestyle=style["linestyle"], linewidth=1.6, label=name)
     what = "gaps" if metric.startswith("itl") else "requests"  # a row of gaps_frame is no request
     axes.set(xlabel=f"{_words(metric)} (ms)", ylabel=f"share of {what}", ylim=(0, 1.02))
     axes.set_xlim(left=0)
 
 
-def draw_curves(axes: Axes, frame: pd.DataFrame, x: str, y: str, by: str, *, scale: float = 1.0) -> None:
-    """Mean of the repeats at each ``x`` with a 95% interval where there are several; one line style and marker per value of ``by``."""
-    for i, (name, rows) in enumerate(frame.groupby(by, sort=False)):
-        intervals = {at: confidence_interval((group[y].dropna() * scale).tolist()) for at, group in rows.groupby(x)}
-        means = [interval.mean for interval in intervals.values()]
-        errors = [0.0 if np.isnan(interval.half_width) else interval.half_width for interval in intervals.values()]
-        style: dict[str, Any] = {"linestyle": _LINES[i % 7], "marker": _MARKERS[i % 7], "color": OKABE_ITO[i % 7], "label": str(name)}
-        if any(errors):
-            axes.errorbar(list(intervals), means, yerr=errors, capsize=3, linewidth=1.4, markersize=5, **style)
+def draw_curves(
+    axes: Axes, frame: pd.DataFrame, x: str, y: str, by: str, *, scale: float = 1.0, sweep_axes: Sequence[str] | None = None
+) -> None:
+    """Mean of the repeats at each ``x`` with its 95% interval; of a single row with that of its columns ``<y>_low`` and ``<y>_high`` where
+    it has them. One line style and marker per configuration."""
+    curves = groups(frame, by, without=(x,), sweep_axes=sweep_axes)
+    for i, (name, rows) in enumerate(curves):
+        found = {at: uncertainty.estimate(group, y) for at, group in rows.groupby(x)}
+        means = [scale * e.value for e in found.values()]
+        lengths = [(e.value - e.low, e.high - e.value) if e.has_interval else (0.0, 0.0) for e in found.values()]
+        errors = scale * np.maximum(0.0, np.array(lengths).reshape(-1, 2).T)
+        style = _style(i) | {"linewidth": 1.4, "markersize": 5, "label": name}
+        if errors.any():
+            drawn = axes.errorbar(list(found), means, yerr=errors, capsize=3, elinewidth=0.9, **style)
+            beside = ScaledTranslation((i - (len(curves) - 1) / 2) * 3 / 72, 0, axes.figure.dpi_scale_trans)  # or one bar hides another
+            for artist in drawn.get_children():
+                artist.set_transform(axes.transData + beside)
         else:
-            axes.plot(list(intervals), means, linewidth=1.4, markersize=5, **style)
+            axes.plot(list(found), means, **style)
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Of the curve with this number: 49 differ."""
+    shape = (number + number // 7) % 7
+    return {"color": OKABE_ITO[number % 7], "linestyle": _LINES[shape], "marker": _MARKERS[shape]}
+
+
+def _not_cancelled(requests: pd.DataFrame) -> pd.DataFrame:
+    return requests[~requests["is_cancelled"].astype(bool)] if "is_cancelled" in requests else requests
 
 
 def draw_gantt(axes: Axes, frame: pd.DataFrame, max_requests: int, first_number: int = 0) -> list[str]:
@@ -377,17 +446,42 @@ def draw_gantt(axes: Axes, frame: pd.DataFrame, max_requests: int, first_number:
 
 
 def _segments(row: pd.Series) -> list[tuple[str, float]]:
-    """(phase, seconds) from sending to the last token. Without the server's phases the time to first token stays whole."""
-    if pd.isna(row["ttft_s"]):
+    """(phase, seconds) one after the other from sending to the last token: they add up to ``e2e_s``. The exposed transfer lies where it
+    was, from the end of prefill on, and is cut out of what else went on meanwhile: out of decode, where no first token waited for it."""
+    ttft, e2e = row["ttft_s"], row["e2e_s"]
+    if pd.isna(ttft):
         return []
-    known = [
-        (phase, row[column])
-        for phase, column in (("queue", "queueing_s"), ("prefill", "prefill_s"), ("exposed transfer", "exposed_transfer_s"))
-        if column in row and pd.notna(row[column])
-    ]
-    rest = row["ttft_s"] - sum(seconds for _, seconds in known)
-    ahead = [*known, ("to first token", max(0.0, rest))] if known else [("waiting for the first token", row["ttft_s"])]
-    return [*ahead, ("decode", row["e2e_s"] - row["ttft_s"])]
+    marks = _marks(row)
+    if marks is None:
+        return [("waiting for the first token", ttft), ("decode", e2e - ttft)]
+    spans = list(
+        zip(("to the node", "queue", "prefill", "to first token", "decode"), [0.0, *marks, ttft], [*marks, ttft, e2e], strict=True)
+    )
+    exposed = row.get("exposed_transfer_s")
+    until = marks[-1] + (0.0 if exposed is None or pd.isna(exposed) else exposed)
+    cut = [span for name, start, end in spans for span in _cut(name, start, end, marks[-1], until)]
+    return [(name, end - start) for name, start, end in cut if end > start]
+
+
+def _cut(name: str, start: float, end: float, wire_start: float, wire_end: float) -> list[tuple[str, float, float]]:
+    """The span, its part on the wire under another name."""
+    first, last = max(start, min(wire_start, end)), min(end, max(wire_end, start))
+    if last <= first:
+        return [(name, start, end)]
+    return [(name, start, first), ("exposed transfer", first, last), (name, last, end)]
+
+
+def _marks(row: pd.Series) -> list[float] | None:
+    """Seconds since sending at which the prefilling engine had the request, began with it, was through with its prompt. None when the
+    row does not say, or says it on a clock that is not the client's."""
+    parts = [row.get(column) for column in ("router_path_s", "queueing_s", "prefill_s")]
+    if any(part is None or pd.isna(part) for part in parts):
+        return None
+    marks = np.cumsum(np.array(parts, dtype=float))
+    slack = max(1e-3, 0.02 * row["ttft_s"])  # what clocks of two processes may be off by
+    if min(*parts, row["ttft_s"] - marks[-1]) < -slack:
+        return None
+    return np.clip(np.maximum.accumulate(marks), 0.0, row["ttft_s"]).tolist()
 
 
 def _single() -> tuple[Figure, Axes]:
@@ -401,9 +495,17 @@ def _finished(figure: Figure, axes: Axes) -> Figure:
     return _done(figure)
 
 
-def _target_line(axes: Axes, target: float) -> None:
-    axes.axhline(target, color="#000000", linewidth=0.8, linestyle=":")
-    axes.annotate(f"{target:.0%}", (1.0, target), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+def _bound_line(axes: Axes, at: float, name: str) -> None:
+    """Named beside the panel, where no curve is."""
+    axes.axhline(at, color="#000000", linewidth=0.8, linestyle=":")
+    axes.annotate(name, (1.01, at), xycoords=("axes fraction", "data"), ha="left", va="center")
+
+
+def _rate_ticks(axes: Axes, runs: pd.DataFrame, max_ticks: int = 8) -> None:
+    """At the rates that were offered, where they are few."""
+    rates = sorted(runs["rate"].dropna().unique())
+    if len(rates) <= max_ticks:
+        axes.xaxis.set_major_locator(FixedLocator(rates))
 
 
 def _frontier(rows: pd.DataFrame) -> pd.DataFrame:
@@ -423,8 +525,12 @@ def _statistic(metric: str) -> str:
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:
+    """In as many columns as the figure is wide; further rows make it higher."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    width = 0.55 + 0.066 * max(map(len, labels), default=0)  # inches of an entry: its sample, its letters
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / width)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(labels) // columns) - 1))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _phase_patches(phases: Sequence[str], styles: Mapping[str, tuple[str, str]] = PHASES) -> list[Patch]:

@@ -18,7 +18,7 @@ from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.export import gaps_frame, load_records, save_records, summary_row, to_frame, vllm_result
 from ksana_lab.metrics.record import RequestRecord
-from ksana_lab.metrics.summary import SLO, distribution, summarize
+from ksana_lab.metrics.summary import SLO, distribution, is_cancelled, summarize
 from ksana_lab.notebook import plots
 from ksana_lab.sweep.report import goodput, load_requests, load_results
 from ksana_lab.sweep.runner import Sweep
@@ -94,10 +94,12 @@ def load_timeline(folder: str | Path, *, client: Sequence[RequestRecord] = ()) -
 
 
 def latency_table(systems: Mapping[str, Sequence[RequestRecord]]) -> pd.DataFrame:
-    """One row per system: requests that completed, failed ones, TTFT and TPOT percentiles in milliseconds."""
+    """One row per system: how many requests, how many of them failed, TTFT and TPOT percentiles of the completed ones in milliseconds. What
+    the client cancelled is in none of these."""
     rows = {}
     for system, records in systems.items():
-        row: dict[str, float | int] = {"requests": len(records), "failed": sum(not r.is_ok for r in records)}
+        counted = [r for r in records if not is_cancelled(r)]
+        row: dict[str, float | int] = {"requests": len(counted), "failed": sum(not r.is_ok for r in counted)}
         for name, metric in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")):
             values = distribution(records, metric)
             row |= {f"{name} p{p} (ms)": round(1e3 * getattr(values, f"p{p}"), 1) for p in (50, 90, 99)}

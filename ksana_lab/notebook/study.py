@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,19 @@ import pandas as pd
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.summary import SLO
-from ksana_lab.notebook import plots
+from ksana_lab.notebook import plots, uncertainty
+from ksana_lab.notebook.configurations import groups
+from ksana_lab.notebook.uncertainty import Estimate
 from ksana_lab.sweep import report
 from ksana_lab.sweep.store import read_failures, read_manifest
+from ksana_lab.workload.spec import WorkloadSpec
 
-ALL = "all requests"  # a sweep without an axis over traces has one part
+LOADS = ("rate", "ramp_to", "users", "think_time_s", "time_scale", "num_requests")  # how much of a workload, not which
+ALL = "all requests"  # a sweep without an axis over workloads has one part
+INTERVALS = (
+    "In parentheses 95% intervals: of the mean over repeats, or where there is one run what its number of requests allows, as if they were "
+    "independent. They share queues, so the truth is wider.\n"
+)
 
 
 def write_study(folders: Sequence[str | Path], out: str | Path, *, slo: SLO | None = None) -> list[str]:
@@ -57,6 +66,7 @@ class _Study:
             raise ConfigError(f"{folder} has no finished run yet")
         self.requests = report.load_requests(folder)
         self.slo = slo or (SLO.from_dict(self.manifest.slo) if self.manifest.slo else None)
+        self.workload_axes = [axis for axis in self.manifest.axes if self._is_of_workload(axis)]
         self.base, self.figures = base, base / "results" / self.manifest.name
         self.verdicts: list[str] = []
 
@@ -93,41 +103,59 @@ class _Study:
         )
 
     def _parts(self) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-        if "trace" not in self.runs:
+        """A workload each: systems are compared under the same requests only."""
+        if not self.workload_axes:
             yield ALL, self.runs, self.requests
             return
-        for trace, runs in self.runs.groupby("trace", sort=False):
-            yield str(trace).removesuffix("_sample"), runs, self.requests[self.requests["trace"] == trace]
+        for values, runs in self.runs.groupby(self.workload_axes, sort=False, dropna=False):
+            said = [str(v).removesuffix("_sample") if a == "trace" else f"{a}={v}" for a, v in zip(self.workload_axes, values, strict=True)]
+            yield " · ".join(said), runs, self.requests[self.requests["run_id"].isin(runs["run_id"])]
+
+    def _is_of_workload(self, axis: str) -> bool:
+        """By its name; or because the runs of one rate have another seed for each of its values, and a seed stands for a workload."""
+        if axis in LOADS or axis == "split" or axis not in self.runs:
+            return False
+        if axis == "trace" or axis.split(".")[0] in WorkloadSpec.model_fields:
+            return True
+        has_several = self.runs.groupby("rate", dropna=False)[axis].nunique().max() > 1
+        return bool(has_several and self.runs.groupby("seed")[axis].nunique().max() <= 1)
 
     def _part(self, trace: str, runs: pd.DataFrame, requests: pd.DataFrame) -> Iterator[str]:
-        axes = [axis for axis in self.manifest.axes if axis != "trace"]
-        yield report.markdown(runs, axes)
+        axes = [axis for axis in self.manifest.axes if axis not in self.workload_axes]
+        yield report.markdown(runs.drop(columns="slo_attainment", errors="ignore"), axes)
+        if self.slo is not None:
+            yield "Share of the requests that met the SLO:\n"
+            yield attainment_table(runs, axes)
+            yield INTERVALS
         if self.slo is not None and runs["rate"].notna().any():
-            table = report.goodput(runs, axes, target=self.manifest.target)
-            self.verdicts.append(f"{self.manifest.name}, {trace}: {verdict(table)}")
-            yield f"**{verdict(table)}**\n"
-            yield self._figure(trace, "goodput", plots.goodput_by_split(table), table, "Goodput per GPU.")
+            table = uncertainty.goodput(runs, axes, target=self.manifest.target)
+            said = verdict(table, axes)
+            self.verdicts.append(f"{self.manifest.name}, {trace}: {said}")
+            yield f"**{said}**\n"
+            yield self._figure(trace, "goodput", plots.goodput_by_split(table, sweep_axes=axes), table, "Goodput per GPU.")
         if len(parts := report.decomposition(requests, axes)):
             yield "Where the time to first token went (ms):\n"
             yield report.parts_table(parts)
-        yield from self._curves(trace, runs, requests)
+        yield from self._curves(trace, runs, requests, axes)
 
-    def _curves(self, trace: str, runs: pd.DataFrame, requests: pd.DataFrame) -> Iterator[str]:
+    def _curves(self, trace: str, runs: pd.DataFrame, requests: pd.DataFrame, axes: Sequence[str]) -> Iterator[str]:
         bounds = vars(self.slo) if self.slo is not None else {}
         if runs["rate"].nunique() > 1:
             for metric in ("ttft_s_p90", "tpot_s_p90"):
-                figure = plots.latency_vs_rate(runs, metric=metric, by="split", slo_s=bounds.get(metric.removesuffix("_p90")))
+                slo_s = bounds.get(metric.removesuffix("_p90"))
+                figure = plots.latency_vs_rate(runs, metric=metric, by="split", slo_s=slo_s, sweep_axes=axes)
                 yield self._figure(
                     trace, metric.removesuffix("_s_p90"), figure, runs, f"{metric[:4].upper()} p90 against the offered rate."
                 )
             if self.slo is not None:
-                figure = plots.attainment_vs_rate(runs, by="split", target=self.manifest.target)
-                yield self._figure(trace, "attainment", figure, None, "Share of the requests that met the SLO.")
-        yield self._figure(trace, "pareto", plots.pareto(runs, by="split"), None, "Tokens/s per user against tokens/s per GPU.")
+                figure = plots.attainment_vs_rate(runs, by="split", target=self.manifest.target, sweep_axes=axes)
+                yield self._figure(trace, "attainment", figure, None, "Share of the requests that met the SLO, with 95% intervals.")
+        figure = plots.pareto(runs, by="split", sweep_axes=axes)
+        yield self._figure(trace, "pareto", figure, None, "Tokens/s per user against tokens/s per GPU.")
         rates = sorted(requests["rate"].dropna().unique())
         if rates:
             middle = rates[len(rates) // 2]
-            figure = plots.latency_cdfs(requests[requests["rate"] == middle], by="split")
+            figure = plots.latency_cdfs(requests[requests["rate"] == middle], by="split", sweep_axes=axes)
             yield self._figure(trace, "cdf", figure, None, f"Latencies at {middle:g} requests/s.")
 
     def _figure(self, trace: str, name: str, figure: Any, frame: pd.DataFrame | None, caption: str) -> str:
@@ -136,29 +164,56 @@ class _Study:
         return f"![{caption}]({stem.relative_to(self.base).as_posix()}.png)\n"
 
 
-def verdict(goodput: pd.DataFrame) -> str:
-    """Who serves more within the SLO, per GPU; honest where disaggregation loses."""
-    best: dict[str, tuple[float, str, bool]] = {}
-    for (system, split), rows in goodput.groupby(["system", "split"], sort=False):
-        value = float(rows["goodput_rps_per_gpu"].mean())
-        is_bound = bool((rows["goodput_rps_per_gpu"] * rows["num_gpus"] >= rows["max_rate"]).any())
-        if value == value and value >= best.get(str(system), (-1.0, "", False))[0]:
-            best[str(system)] = (value, str(split), is_bound)
-    said = ", ".join(f"{split} {'at least ' if is_bound else ''}{value:.3g}" for value, split, is_bound in best.values())
+def attainment_table(runs: pd.DataFrame, sweep_axes: Sequence[str] | None = None) -> str:
+    """A row per rate, a column per configuration: the share of requests within the SLO and its 95% interval."""
+    named = runs["rate"].astype(object).where(runs["rate"].notna(), "-")  # a closed loop has no rate
+    runs = uncertainty.with_attainment_interval(runs.assign(rate=named))
+    columns = {
+        name: {rate: uncertainty.estimate(at_rate, "slo_attainment") for rate, at_rate in rows.groupby("rate")}
+        for name, rows in groups(runs, "split", without=("rate",), sweep_axes=sweep_axes)
+    }
+    lines = ["| " + " | ".join(["rate", *columns]) + " |", "|" + "---|" * (1 + len(columns))]
+    for rate in sorted(named.unique(), key=lambda rate: (isinstance(rate, str), rate)):
+        cells = [_attainment(found[rate]) if rate in found else "-" for found in columns.values()]
+        lines.append("| " + " | ".join([rate if isinstance(rate, str) else f"{rate:g}", *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _attainment(found: Estimate) -> str:
+    if not found.has_interval:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} ({max(0.0, found.low):.3f} to {min(1.0, found.high):.3f})"
+
+
+def verdict(goodput: pd.DataFrame, sweep_axes: Sequence[str] | None = None) -> str:
+    """Who serves more within the SLO, per GPU: the best configuration of either system; honest where disaggregation loses, and where chance
+    could have decided."""
+    best: dict[str, tuple[Estimate, str]] = {}
+    for name, rows in groups(goodput, "split", sweep_axes=sweep_axes):
+        system, found = str(rows["system"].iloc[0]), uncertainty.goodput_estimate(rows)
+        if not math.isnan(found.value) and (system not in best or found.value >= best[system][0].value):
+            best[system] = (found, name)
+    said = ", ".join(f"{name} {found}" for found, name in best.values())
     text = f"Requests/s per GPU within the SLO: {said or 'none'}"
-    p, m = best.get("disaggregated"), best.get("aggregated")
-    if p is None or m is None:
+    if not {"disaggregated", "aggregated"} <= set(best):
         return f"{text}."
-    if p[2] and m[2]:
-        return f"{text}: both met it at the highest rate that was tried, so this says nothing about which is better."
-    if m[0] == 0 or p[0] == 0:
-        winner = "neither does" if p[0] == m[0] else "only disaggregation does" if m[0] == 0 else "only the mixed nodes do"
-        return f"{text}: {winner}."
-    gain = p[0] / m[0] - 1
-    bound = "at least " if (p[2] and gain > 0) or (m[2] and gain < 0) else ""
+    return f"{text}: {_compared(best['disaggregated'][0], best['aggregated'][0])}."
+
+
+def _compared(pair: Estimate, mixed: Estimate) -> str:
+    if pair.is_lower_bound and mixed.is_lower_bound:
+        return "both met it at the highest rate that was tried, so this says nothing about which is better"
+    if pair.value == mixed.value == 0:
+        return "neither does"
+    if pair.overlaps(mixed):
+        return "no clear difference, the intervals overlap"
+    if mixed.value == 0 or pair.value == 0:
+        return "only disaggregation does" if mixed.value == 0 else "only the mixed nodes do"
+    gain = pair.value / mixed.value - 1
     if abs(gain) < 0.03:
-        return f"{text}: as much as each other."
-    return f"{text}: disaggregation {'wins' if gain > 0 else 'loses'} by {bound}{abs(gain):.0%}."
+        return "as much as each other"
+    bound = "at least " if (pair.is_lower_bound and gain > 0) or (mixed.is_lower_bound and gain < 0) else ""
+    return f"disaggregation {'wins' if gain > 0 else 'loses'} by {bound}{abs(gain):.0%}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

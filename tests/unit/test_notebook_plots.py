@@ -25,6 +25,25 @@ def test_a_cdf_of_failures_does_not_reach_one():
     assert max(line.get_ydata()) == 0.5
 
 
+def test_a_failure_with_a_first_token_is_no_latency_and_a_cancelled_request_is_not_there():
+    rows = frame(is_ok=[True, True, False, False], error=[None, None, "ended early", "cancelled"], is_cancelled=[False] * 3 + [True])
+    line = plots.latency_cdfs(rows.assign(ttft_s=[0.1, 0.2, 0.3, 0.4]), metrics=("ttft_s",)).axes[0].lines[0]
+    assert list(line.get_xdata()) == pytest.approx([100.0, 200.0])
+    assert max(line.get_ydata()) == pytest.approx(2 / 3)
+
+
+def test_a_request_that_cannot_have_the_metric_does_not_keep_the_curve_down():
+    line = plots.latency_cdfs(frame(tpot_s=[0.01, 0.02, None, None]), metrics=("tpot_s",)).axes[0].lines[0]
+    assert max(line.get_ydata()) == 1.0
+
+
+def test_only_completed_requests_are_drawn_against_their_prompts():
+    rows = frame(num_prompt_tokens=128, is_ok=[True, False, True, False])
+    points, median = plots.against_prompt(rows.assign(ttft_s=[0.1, 9.0, 0.3, 9.0]), "ttft_s").axes[0].lines
+    assert list(points.get_ydata()) == pytest.approx([100.0, 300.0])
+    assert list(median.get_ydata()) == pytest.approx([200.0])
+
+
 def test_a_gantt_bar_spans_sending_to_last_token():
     axes = plots.gantt(frame()).axes[0]
     bars = sorted(axes.patches, key=lambda bar: (bar.get_y(), bar.get_x()))
@@ -32,11 +51,28 @@ def test_a_gantt_bar_spans_sending_to_last_token():
     assert bars[1].get_x() + bars[1].get_width() == pytest.approx(0.6)
 
 
-def test_known_phases_divide_the_time_to_first_token():
-    known = frame(queueing_s=0.05, prefill_s=0.1, exposed_transfer_s=0.0)
-    widths = [seconds for _, seconds in plots._segments(known.iloc[0])]
-    assert sum(widths) == pytest.approx(0.6)
-    assert [name for name, _ in plots._segments(known.iloc[0])][-2:] == ["to first token", "decode"]
+def phases(**columns) -> list:
+    """Of a request with TTFT 0.2 s and e2e 0.6 s: its prompt is computed from 0.08 to 0.18 s."""
+    row = frame(router_path_s=0.03, queueing_s=0.05, prefill_s=0.1, exposed_transfer_s=0.0).assign(**columns).iloc[0]
+    segments = plots._segments(row)
+    assert sum(seconds for _, seconds in segments) == pytest.approx(0.6)
+    return [(name, pytest.approx(seconds)) for name, seconds in segments]
+
+
+def test_known_phases_lie_in_the_order_in_which_they_happened():
+    assert phases() == [("to the node", 0.03), ("queue", 0.05), ("prefill", 0.1), ("to first token", 0.02), ("decode", 0.4)]
+
+
+def test_exposed_transfer_is_cut_out_of_what_went_on_meanwhile():
+    first_token_did_not_wait = [("prefill", 0.1), ("exposed transfer", 0.02), ("exposed transfer", 0.13), ("decode", 0.27)]
+    assert phases(exposed_transfer_s=0.15)[2:] == first_token_did_not_wait
+    first_token_waited = [("prefill", 0.1), ("exposed transfer", 0.015), ("to first token", 0.005), ("decode", 0.4)]
+    assert phases(exposed_transfer_s=0.015)[2:] == first_token_waited
+
+
+@pytest.mark.parametrize("unusable", [{"router_path_s": -900.0}, {"router_path_s": 900.0}, {"prefill_s": None}])
+def test_phases_on_another_clock_leave_the_time_to_first_token_whole(unusable):
+    assert phases(**unusable) == [("waiting for the first token", 0.2), ("decode", 0.4)]
 
 
 def test_a_comparison_names_both_systems_and_leaves_no_open_figure():
@@ -74,6 +110,65 @@ def test_a_single_repeat_is_drawn_without_an_interval():
     axes = plots.attainment_vs_rate(runs().drop_duplicates("rate")).axes[0]
     assert not axes.containers
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.9, 0.8, 0.6])
+
+
+def test_a_single_run_has_the_interval_of_its_requests():
+    axes = plots.attainment_vs_rate(runs(num_completed=20, num_failed=0).drop_duplicates("rate")).axes[0]
+    low, high = axes.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == (pytest.approx(0.699, abs=1e-3), pytest.approx(0.972, abs=1e-3))
+
+
+def modes(**columns) -> pd.DataFrame:
+    """One run per rate of each of three transfer modes, beside mixed nodes."""
+    pair = [
+        runs("disaggregated", split="1P1D", transfer_mode=mode, ttft_s_p90=ttft) for mode, ttft in (("bulk", 3), ("chunk", 2), ("layer", 1))
+    ]
+    frame = pd.concat([*pair, runs("aggregated", split="4 mixed", transfer_mode="none", ttft_s_p90=4)])
+    return frame.drop_duplicates(["transfer_mode", "rate"]).assign(repeat=0, **columns)
+
+
+MODES = ["1P1D · bulk", "1P1D · chunk", "1P1D · layer", "4 mixed"]
+
+
+def test_what_differs_in_another_axis_is_a_curve_of_its_own():
+    axes = plots.latency_vs_rate(modes(), by="split").axes[0]
+    assert not axes.containers  # nothing was taken for a repeat
+    assert {line.get_label(): line.get_ydata()[0] for line in axes.lines} == dict(zip(MODES, (3e3, 2e3, 1e3, 4e3), strict=True))
+
+
+def test_what_differs_in_another_axis_is_a_row_of_its_own():
+    axes = plots.heat_map(modes(), value="ttft_s_p90").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == MODES
+
+
+def test_requests_of_different_modes_do_not_share_a_curve():
+    requests = pd.concat([frame("1P1D", run_id=mode, request_id="r", transfer_mode=mode) for mode in ("bulk", "layer")])
+    assert [line.get_label() for line in plots.latency_cdfs(requests).axes[0].lines] == ["1P1D · bulk", "1P1D · layer"]
+
+
+def test_links_are_different_points_of_the_pareto_front():
+    links = pd.concat([runs(link=gbps, output_throughput_tps=10.0 * gbps).assign(repeat=[0, 1, 2] * 3) for gbps in (1, 10)])
+    points = [line for line in plots.pareto(links).axes[0].lines if line.get_label().startswith("a · ")]
+    assert [(line.get_label(), list(line.get_ydata())) for line in points] == [("a · link=1", [5.0] * 3), ("a · link=10", [50.0] * 3)]
+
+
+def goodputs(values, **columns) -> pd.DataFrame:
+    rows = [{"split": name, "goodput_rps_per_gpu": value, "num_gpus": 2, "max_rate": 48, "repeat": 0} for name, value in values.items()]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_a_bar_of_a_lower_bound_says_so_and_one_of_a_lagging_client_has_a_star():
+    axes = plots.goodput_by_split(goodputs({"1P1D": 24.0, "2 mixed": 18.5, "1P2D": 0.0}, is_trustworthy=[False, True, True])).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["≥ 24 *", "18.5", "none met"]
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [True, False, False]
+    assert "did not keep up" in axes.get_xlabel() and "highest rate" in axes.get_xlabel()
+
+
+def test_modes_have_bars_of_their_own():
+    axes = plots.goodput_by_split(
+        goodputs({"1P1D": 3.0, "4 mixed": 4.0}).merge(pd.DataFrame({"split": ["1P1D"] * 2, "mode": ["a", "b"]}), how="left")
+    ).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1P1D\na", "1P1D\nb", "4 mixed"]
 
 
 def test_a_wider_slo_is_met_by_more_requests():

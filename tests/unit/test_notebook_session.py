@@ -4,6 +4,7 @@ import pytest
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.record import RequestRecord
+from ksana_lab.metrics.summary import CANCELLED
 from ksana_lab.notebook import demo
 from ksana_lab.notebook.session import config, different_tokens, latency_table
 
@@ -44,6 +45,13 @@ def test_latency_table_is_in_milliseconds_and_counts_failures():
     assert table.loc["a", "TTFT p50 (ms)"] == 500.0
     assert table.loc["a", "TPOT p99 (ms)"] == 100.0
     assert (table.loc["a", "requests"], table.loc["a", "failed"]) == (2, 1)
+
+
+def test_a_request_that_the_client_cancelled_is_neither_counted_nor_failed():
+    cancelled = answer([1], error="cancelled by the client")
+    cancelled.finish_reason = CANCELLED
+    table = latency_table({"a": [answer([1, 2, 3]), cancelled]})
+    assert (table.loc["a", "requests"], table.loc["a", "failed"]) == (1, 0)
 
 
 def test_an_unknown_config_lists_the_known_ones():

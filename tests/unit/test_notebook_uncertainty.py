@@ -1,0 +1,48 @@
+"""Intervals of shares and of goodput, over repeats and of a single run."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from ksana_lab.notebook.uncertainty import GOODPUT, Estimate, estimate, goodput, goodput_estimate, wilson
+
+
+def runs(attainments, *, count=100, repeats=1) -> pd.DataFrame:
+    rows = [{"rate": rate, "slo_attainment": share, "repeat": k} for rate, share in attainments.items() for k in range(repeats)]
+    facts = {"system": "disaggregated", "split": "1P1D", "num_gpus": 2, "is_trustworthy": True, "num_failed": 0}
+    return pd.DataFrame(rows).assign(num_completed=count, **facts)
+
+
+def test_a_share_of_few_requests_may_be_far_off():
+    assert wilson(18, 20) == (pytest.approx(0.699, abs=1e-3), pytest.approx(0.972, abs=1e-3))
+    assert wilson(20, 20) == (pytest.approx(0.839, abs=1e-3), 1.0)
+    assert all(map(math.isnan, wilson(0, 0)))
+
+
+def test_goodput_lies_between_those_of_the_bounds_of_attainment():
+    found = goodput_estimate(goodput(runs({2: 1.0, 4: 0.8})))
+    assert found.value == pytest.approx(3 / 2)
+    assert 2 / 2 < found.low < found.value < found.high < 4 / 2
+
+
+def test_twenty_good_requests_do_not_show_that_nine_in_ten_are():
+    assert goodput_estimate(goodput(runs({2: 1.0, 4: 0.1}, count=20))).low == 0.0
+
+
+def test_a_highest_rate_that_may_have_met_the_target_leaves_the_goodput_open():
+    nearly = goodput_estimate(goodput(runs({2: 1.0, 4: 0.88})))
+    assert not nearly.is_lower_bound and math.isinf(nearly.high)
+    met = goodput_estimate(goodput(runs({2: 1.0, 4: 1.0})))
+    assert met.is_lower_bound and str(met) == "at least 2"
+
+
+def test_repeats_speak_for_themselves():
+    table = pd.DataFrame({GOODPUT: [1.0, 2.0, 3.0], f"{GOODPUT}_low": 0.0, f"{GOODPUT}_high": 9.0})
+    assert estimate(table, GOODPUT).high == pytest.approx(2.0 + 4.303 / math.sqrt(3))
+
+
+def test_estimates_say_their_interval():
+    assert str(Estimate(1.5, 1.25, 2.0)) == "1.5 (95%: 1.25 to 2)"
+    assert str(Estimate(24.0, 17.0, math.inf, is_lower_bound=True)) == "at least 24 (95%: 17 or more)"
+    assert str(Estimate(1.5)) == "1.5"
