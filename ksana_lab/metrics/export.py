@@ -26,10 +26,12 @@ def to_frame(records: Iterable[RequestRecord], **columns: Any) -> pd.DataFrame:
 
 
 def gaps_frame(records: Iterable[RequestRecord], **columns: Any) -> pd.DataFrame:
-    """One row per message after the first: request_id, position of the message, itl_s. What a CDF of ITL is drawn from."""
+    """One row per message after the first of every completed request: request_id, position of the message, itl_s. What a CDF of ITL is
+    drawn from."""
     rows = [
         {"request_id": r.request_id, "message": i, "itl_s": gap, **r.labels, **columns}
         for r in records
+        if r.is_ok
         for i, gap in enumerate(latency.itl_s(r), start=1)
     ]
     return pd.DataFrame(rows, columns=None if rows else ["request_id", "message", "itl_s"])

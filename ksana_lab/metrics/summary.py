@@ -18,7 +18,7 @@ from ksana_lab.metrics.record import RequestRecord
 
 CANCELLED = "cancelled"  # finish_reason of a request that the load generator cut off on purpose
 
-_Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
+Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 # And of Student's t, for 1..30 degrees of freedom; beyond, _t95 has a series.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
         2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
@@ -217,9 +217,9 @@ def _t95(degrees: int) -> float:
     """Beyond the table the series around the normal's quantile (Abramowitz and Stegun 26.7.5), there good to 0.01%."""
     if degrees <= len(_T95):
         return _T95[degrees - 1]
-    first = (_Z95**3 + _Z95) / 4
-    second = (5 * _Z95**5 + 16 * _Z95**3 + 3 * _Z95) / 96
-    return _Z95 + first / degrees + second / degrees**2
+    first = (Z95**3 + Z95) / 4
+    second = (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / 96
+    return Z95 + first / degrees + second / degrees**2
 
 
 def _last(record: RequestRecord) -> float | None:

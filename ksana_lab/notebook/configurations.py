@@ -30,7 +30,9 @@ def groups(
 ) -> list[tuple[str, pd.DataFrame]]:
     """(name, rows) of each configuration, in the order of the rows: what ``by`` calls it, and every other column that tells it from another
     one. ``without``: columns that vary inside a group (the x of a curve). ``sweep_axes``: the columns that may tell configurations apart
-    beside system and split; None = whatever is neither a measurement nor about one run or request."""
+    beside system and split; None = those that the frame names (``load_results``), or else whatever is neither a measurement nor about one
+    run or request."""
+    sweep_axes = frame.attrs.get("axes") if sweep_axes is None else sweep_axes
     keys, inside = [by], [name for name in without if name in frame]
     for column in _candidates(frame, sweep_axes):
         known = [*keys, *inside] if column in _FOLLOW_FROM_OTHERS else keys

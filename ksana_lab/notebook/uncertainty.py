@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ksana_lab.metrics.summary import confidence_interval
+from ksana_lab.metrics.summary import Z95, confidence_interval
 from ksana_lab.sweep import report
 
-_Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 GOODPUT = "goodput_rps_per_gpu"
 
 
@@ -47,9 +46,9 @@ def wilson(num_met: float, num_counted: float) -> tuple[float, float]:
     """95% interval of a share, also where none or all count; nan of nothing."""
     if num_counted <= 0:
         return math.nan, math.nan
-    share, z2 = num_met / num_counted, _Z95**2
+    share, z2 = num_met / num_counted, Z95**2
     middle = (share + z2 / (2 * num_counted)) / (1 + z2 / num_counted)
-    half = _Z95 / (1 + z2 / num_counted) * math.sqrt(share * (1 - share) / num_counted + z2 / (4 * num_counted**2))
+    half = Z95 / (1 + z2 / num_counted) * math.sqrt(share * (1 - share) / num_counted + z2 / (4 * num_counted**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -62,7 +61,7 @@ def with_attainment_interval(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(slo_attainment_low=[low for low, _ in bounds], slo_attainment_high=[high for _, high in bounds])
 
 
-def goodput(runs: pd.DataFrame, axes: Sequence[str] = (), *, target: float = 0.9) -> pd.DataFrame:
+def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: float = 0.9) -> pd.DataFrame:
     """``report.goodput`` with ``goodput_rps_per_gpu_low`` and ``_high``, the latter inf where the highest rate may have met the target.
     Raises as that does."""
     table = report.goodput(runs, axes, target=target)

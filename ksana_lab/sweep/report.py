@@ -33,7 +33,7 @@ _NOT_GROUPED = ("rate", "num_requests")  # differ along one curve
 def load_results(folder: str | Path, *, slo: SLO | None = None) -> pd.DataFrame:
     """One row per finished run of the sweep as it was last started: what that calls it (``run_id system split rate repeat seed num_gpus
     transfer_mode``, the axes), what came out (``summary_row``), whether the client kept up (``is_trustworthy``), and its ``folder``.
-    Goodput and attainment are under ``slo``; None = the sweep's own.
+    Goodput and attainment are under ``slo``; None = the sweep's own. ``attrs["axes"]`` names the sweep's axes.
 
     Raises ConfigError for a folder that holds no sweep, or one of another version."""
     folder = Path(folder)
@@ -46,7 +46,7 @@ def load_results(folder: str | Path, *, slo: SLO | None = None) -> pd.DataFrame:
         same_slo = point["slo"] == (bounds and vars(bounds))
         measured = point["summary"] if same_slo else summary_row(summarize(load_records(path / "records.jsonl"), slo=bounds))
         rows.append({"run_id": run_id, **measured, **manifest.columns(point), "folder": str(path)})
-    return pd.DataFrame(rows)
+    return _of_sweep(pd.DataFrame(rows), manifest)
 
 
 def load_requests(folder: str | Path) -> pd.DataFrame:
@@ -59,23 +59,30 @@ def load_requests(folder: str | Path) -> pd.DataFrame:
         for record in records:  # they carry what their run was called when it was made
             record.labels = {name: label for name, label in record.labels.items() if name not in point["columns"]}
         frames.append(to_frame(records, run_id=run_id, **manifest.columns(point)))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return _of_sweep(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), manifest)
+
+
+def _of_sweep(frame: pd.DataFrame, manifest: Manifest) -> pd.DataFrame:
+    """A frame alone does not tell what was varied from what came of it."""
+    frame.attrs["axes"] = list(manifest.axes)
+    return frame
 
 
 def _finished(folder: Path, manifest: Manifest) -> list[str]:
     return [run_id for run_id in manifest.run_ids if (folder / "runs" / run_id).is_dir()]
 
 
-def goodput(runs: pd.DataFrame, axes: Sequence[str] = (), *, target: float = 0.9) -> pd.DataFrame:
-    """DistServe's goodput, one row per system, split, repeat and combination of the other ``axes``: the highest offered rate at which
-    ``target`` of the requests meet the SLO, per GPU (``goodput_rps_per_gpu``), and the highest rate tried (``max_rate``): where both agree
-    but for the GPUs, the true one is higher.
+def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: float = 0.9) -> pd.DataFrame:
+    """DistServe's goodput, one row per system, split, repeat and combination of the other ``axes`` (None: the sweep's): the highest offered
+    rate at which ``target`` of the requests meet the SLO, per GPU (``goodput_rps_per_gpu``), and the highest rate tried (``max_rate``):
+    where both agree but for the GPUs, the true one is higher.
 
     Raises ConfigError when the runs have no SLO or no rate."""
     if "slo_attainment" not in runs or runs["slo_attainment"].isna().all():
         raise ConfigError("goodput needs an SLO: give the sweep one (slo: {ttft_s: …}), or load_results(folder, slo=SLO(…))")
     if "rate" not in runs or runs["rate"].isna().all():
         raise ConfigError("goodput needs offered rates; these runs are closed loops")
+    axes = runs.attrs.get("axes", ()) if axes is None else axes
     by = ["system", "split", *(a for a in axes if a in runs and a not in (*_NOT_GROUPED, "split")), "repeat"]
     rows = []
     for names, group in runs.dropna(subset=["rate", "slo_attainment"]).groupby(by, sort=False, dropna=False):
@@ -91,7 +98,9 @@ def goodput(runs: pd.DataFrame, axes: Sequence[str] = (), *, target: float = 0.9
                 "is_trustworthy": bool(group["is_trustworthy"].all()),
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["axes"] = list(axes)
+    return table
 
 
 def markdown(runs: pd.DataFrame, axes: Sequence[str] = ()) -> str:
