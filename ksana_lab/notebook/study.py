@@ -33,14 +33,14 @@ INTERVALS = (
 )
 
 
-def write_study(folders: Sequence[str | Path], out: str | Path, *, slo: SLO | None = None) -> list[str]:
-    """Writes ``out`` and the figures beside it; the verdicts, one sentence per sweep and trace. Raises ConfigError for a folder without
-    finished runs."""
+def write_study(folders: Sequence[str | Path], out: str | Path, *, slo: SLO | None = None, also: Sequence[SLO] = ()) -> list[str]:
+    """Writes ``out`` and the figures beside it; the verdicts, one sentence per sweep and trace. ``slo``: other bounds than the sweep's;
+    ``also``: bounds to give the goodput under, besides. Raises ConfigError for a folder without finished runs."""
     out = Path(out)
     text = out.read_text(encoding="utf-8") if out.exists() else "# Results\n"
     verdicts: list[str] = []
     for folder in map(Path, folders):
-        study = _Study(folder, out.parent, slo)
+        study = _Study(folder, out.parent, slo, also)
         section = "\n".join(study.lines())
         verdicts += study.verdicts
         text = _with_section(text, study.manifest.name, section)
@@ -59,12 +59,13 @@ def _with_section(text: str, name: str, section: str) -> str:
 class _Study:
     """One folder."""
 
-    def __init__(self, folder: Path, base: Path, slo: SLO | None) -> None:
+    def __init__(self, folder: Path, base: Path, slo: SLO | None, also: Sequence[SLO] = ()) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         self.runs = report.load_results(folder, slo=slo)
         if self.runs.empty:
             raise ConfigError(f"{folder} has no finished run yet")
         self.requests = report.load_requests(folder)
+        self.also = [(_said(bounds), report.load_results(folder, slo=bounds)) for bounds in also]
         self.slo = slo or (SLO.from_dict(self.manifest.slo) if self.manifest.slo else None)
         self.workload_axes = [axis for axis in self.manifest.axes if self._is_of_workload(axis)]
         self.base, self.figures = base, base / "results" / self.manifest.name
@@ -87,7 +88,6 @@ class _Study:
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
         gpus = environment.get("gpus") or []
         machine = f"{len(gpus)} × {gpus[0]}" if gpus else f"no GPU, {environment.get('cpu')}, {environment.get('num_usable_cores')} cores"
-        bounds = ", ".join(f"{name} ≤ {value:g} s" for name, value in vars(self.slo).items() if value) if self.slo else "none"
         versions = environment.get("versions", {})
         changed = " with changes" if environment.get("git_dirty") else ""
         return " ".join(
@@ -97,7 +97,7 @@ class _Study:
                 f"Machine: {machine}.",
                 f"torch {versions.get('torch', '?')}, source {', '.join(self.runs['code_version'].unique())},",
                 f"commit {str(environment.get('git_commit'))[:10]}{changed}.",
-                f"SLO: {bounds}, for {self.manifest.target:.0%} of the requests.",
+                f"SLO: {_said(self.slo) if self.slo else 'none'}, for {self.manifest.target:.0%} of the requests.",
                 "A percentile over few requests (see ok) says little.",
             ]
         )
@@ -133,10 +133,24 @@ class _Study:
             self.verdicts.append(f"{self.manifest.name}, {trace}: {said}")
             yield f"**{said}**\n"
             yield self._figure(trace, "goodput", plots.goodput_by_split(table, sweep_axes=axes), table, "Goodput per GPU.")
+        if self.also and runs["rate"].notna().any():
+            yield "Requests/s per GPU within other bounds:\n"
+            yield self._other_bounds(runs, axes)
         if len(parts := report.decomposition(requests, axes)):
             yield "Where the time to first token went (ms):\n"
             yield report.parts_table(parts)
         yield from self._curves(trace, runs, requests, axes)
+
+    def _other_bounds(self, runs: pd.DataFrame, axes: Sequence[str]) -> str:
+        """A row per SLO, a column per configuration."""
+        found: dict[str, dict[str, Estimate]] = {}
+        for said, judged in self.also:
+            table = uncertainty.goodput(judged[judged["run_id"].isin(runs["run_id"])], axes, target=self.manifest.target)
+            found[said] = {name: uncertainty.goodput_estimate(rows) for name, rows in groups(table, "split", sweep_axes=axes)}
+        names = list(dict.fromkeys(name for row in found.values() for name in row))
+        lines = [" | ".join(["bounds", *names]), " | ".join("---" for _ in ["bounds", *names])]
+        lines += [" | ".join([said, *(str(row.get(name, "-")) for name in names)]) for said, row in found.items()]
+        return "".join(f"| {line} |\n" for line in lines)
 
     def _curves(self, trace: str, runs: pd.DataFrame, requests: pd.DataFrame, axes: Sequence[str]) -> Iterator[str]:
         bounds = vars(self.slo) if self.slo is not None else {}
@@ -162,6 +176,18 @@ class _Study:
         stem = self.figures / f"{re.sub(r'[^a-zA-Z0-9]+', '_', trace)}_{name}"
         plots.save(figure, stem, None if frame is None else frame.drop(columns="folder", errors="ignore"))
         return f"![{caption}]({stem.relative_to(self.base).as_posix()}.png)\n"
+
+
+def _said(slo: SLO) -> str:
+    return ", ".join(f"{name} ≤ {value:g} s" for name, value in vars(slo).items() if value)
+
+
+def _parse_slo(text: str) -> SLO:
+    """Raises ConfigError."""
+    try:
+        return SLO.from_dict({name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))})
+    except ValueError:
+        raise ConfigError(f"bounds are NAME=SECONDS with commas between them, ttft_s=0.5,tpot_s=0.03 for example; got {text!r}") from None
 
 
 def attainment_table(runs: pd.DataFrame, sweep_axes: Sequence[str] | None = None) -> str:
@@ -220,12 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ksana_lab.notebook.study", description="Tables and figures of finished sweeps.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep, for example runs/h200_2gpu")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page to write (docs/results.md)")
-    parser.add_argument("--slo", action="append", default=[], metavar="NAME=SECONDS", help="judge by other bounds: --slo ttft_s=0.5")
+    parser.add_argument("--slo", default=None, metavar="BOUNDS", help="judge by other bounds: --slo ttft_s=0.5,tpot_s=0.03")
+    parser.add_argument("--also", action="append", default=[], metavar="BOUNDS", help="goodput under these, too; may be given again")
     options = parser.parse_args(arguments)
     try:
-        slo = SLO.from_dict({name: float(value) for name, value in (text.split("=", 1) for text in options.slo)}) if options.slo else None
-        verdicts = write_study(options.folders, options.out, slo=slo)
-    except (ConfigError, ValueError) as error:
+        slo = _parse_slo(options.slo) if options.slo else None
+        verdicts = write_study(options.folders, options.out, slo=slo, also=[_parse_slo(text) for text in options.also])
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join([*verdicts, f"written: {options.out}, figures in {options.out.parent / 'results'}"]))

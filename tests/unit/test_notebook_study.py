@@ -62,6 +62,16 @@ def folder(tmp_path):
     return sweep.folder
 
 
+def test_other_bounds_have_a_table_and_wrong_ones_a_line(tmp_path, folder, capsys):
+    page = tmp_path / "results.md"
+    assert main([str(folder), "--out", str(page), "--also", "ttft_s=1.5", "--also", "ttft_s=0.1,e2e_s=9"]) == 0
+    assert "| bounds | 1P1D | 2 mixed |" in page.read_text() and "| ttft_s ≤ 1.5 s | at least 4 (95%:" in page.read_text()
+    assert "| ttft_s ≤ 0.1 s, e2e_s ≤ 9 s | 0 (95%: 0 to" in page.read_text()
+    capsys.readouterr()
+    assert main([str(folder), "--out", str(page), "--slo", "ttft_s=half"]) == 2
+    assert capsys.readouterr().err.startswith("error: bounds are NAME=SECONDS")
+
+
 def test_a_section_is_replaced_and_what_stands_around_it_stays(tmp_path, folder, capsys):
     page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
