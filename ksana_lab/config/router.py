@@ -24,7 +24,7 @@ class RouterConfig(Frozen):
     host: str = "127.0.0.1"  # the address the HTTP server binds
     port: Port = 9080
     workers: int = Field(1, ge=1, le=1)  # one asyncio process: loads and pairs are kept in memory, so a second would choose blindly
-    cluster_name: str = "default_cluster"  # a node that names another cluster is refused
+    cluster_name: str = Field("default_cluster", max_length=64)  # a node that names another cluster is refused
     heartbeat_timeout_s: float = Field(60.0, gt=0)  # silent for longer: offline
     database_url: str | None = Field(None, repr=False)  # SQLAlchemy URL; None: a SQLite file of this port's, see ``resolved_database_url``
     policy: Literal["random", "round_robin", "least_loaded"] = "least_loaded"

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import datetime
 import gc
+import json
 import logging
 import resource
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 import aiohttp
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import field_validator
@@ -219,6 +222,11 @@ def _control_app(router: Router) -> FastAPI:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # FastAPI's own form, in ASCII: what it quotes of the request may be text that UTF-8 cannot hold.
+        return Response(json.dumps({"detail": jsonable_encoder(error.errors())}), 422, media_type="application/json")
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # starlette logs it
