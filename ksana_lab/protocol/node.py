@@ -101,6 +101,7 @@ class Heartbeat(BaseModel):
     node_id: str
     connected_comm_keys: list[str] | None = None  # ours: pairs whose peer this node has shaken hands with; None = node does not say
     load: NodeLoad | None = None  # ours
+    is_serving: bool | None = None  # ours; False: the API process lives but its engine does not answer; None = node does not say
 
 
 class HeartbeatAnswer(BaseModel):

@@ -123,7 +123,7 @@ class CommGroups:
             self._routes = [
                 Route(state.comm_key, prefill[0], decode[0]) for prefill, decode, state in self._pairs() if state.why_not is None
             ]
-            self._routes += [Route(None, None, group[0]) for group in self._groups(Role.MIXED) if self._registry.is_ready(group)]
+            self._routes += [Route(None, None, group[0]) for group in self._groups(Role.MIXED) if self._why_unready(group) is None]
             beats = [node.last_heartbeat_s for node in self._registry if self._registry.is_online(node)]
             until_s = min(beats, default=0.0) + self._registry.heartbeat_timeout_s
             self._routes_are_for = self._registry.version, until_s
@@ -201,7 +201,7 @@ class CommGroups:
 
     def _why_unready(self, group: list[Node]) -> str | None:
         if self._registry.is_ready(group):
-            return None
+            return next((f"{node} says that its engine does not answer" for node in group if not node.is_serving), None)
         if group[0].node_rank != 0:
             return f"{group[0].role.value} node {group[0].inference_addr} rank 0 is not registered"
         for node in group:

@@ -55,6 +55,7 @@ class Node:
     num_tokens: int = 0  # their prompts, estimated
     num_requests_elsewhere: int = 0  # what the node reported beyond ours: other routers, direct clients
     is_suspect: bool = False  # refused a connection since its last heartbeat, or has sent none to this process yet
+    is_serving: bool = True  # False: it said that its engine does not answer
     was_online: bool = True
 
     @property
@@ -186,11 +187,19 @@ class Registry:
         is_news = connected != node.connected or not node.was_online
         node.connected, node.last_heartbeat_s = connected, self.clock()
         node.was_online, node.is_suspect = True, False
+        self._note_serving(node, beat.is_serving is not False)
         if beat.load is not None:
             node.load = beat.load
             node.num_requests_elsewhere = max(0, beat.load.num_running + beat.load.num_waiting - node.num_requests)
         self._changed(node, urgent=is_news)
         return node
+
+    def _note_serving(self, node: Node, is_serving: bool) -> None:
+        if is_serving and not node.is_serving:
+            logger.info("%s serves again: its engine answers", node)
+        elif not is_serving and node.is_serving:
+            logger.warning("%s says that its engine does not answer: it gets no requests until it does", node)
+        node.is_serving = is_serving
 
     def suspect(self, node: Node) -> None:
         """A connection to it was refused: prefer others until it sends a heartbeat."""

@@ -34,8 +34,8 @@ class Cluster:
         fields |= {"node_rank": 0, **more}
         return self.registry.register(RegisterNode(inference_addr=addr, group_role=role, **fields))
 
-    def beat(self, node: Node, connected=None, load=None) -> tuple[dict, dict]:
-        beat = Heartbeat(node_id=node.node_id, connected_comm_keys=connected, load=load)
+    def beat(self, node: Node, connected=None, **more) -> tuple[dict, dict]:
+        beat = Heartbeat(node_id=node.node_id, connected_comm_keys=connected, **more)
         return self.groups.answer(self.registry.heartbeat(beat))
 
     def connect(self, prefill: Node, comm_id: str = "id", key: str = KEY) -> None:
@@ -330,6 +330,22 @@ def test_a_mixed_node_serves_alone(cluster):
     assert route.decode is node and route.comm_key is None
     cluster.now += 11
     assert not cluster.groups.routes()
+
+
+def test_a_node_that_says_its_engine_does_not_answer_gets_nothing_until_it_does(cluster, pair):
+    answer = cluster.beat(pair[1], [KEY], is_serving=False)
+    assert "decode node 10.0.0.2:6890 says that its engine does not answer" in cluster.why_not() and not cluster.groups.routes()
+    assert answer[1] == cluster.beat(pair[0], [KEY])[1] == {KEY: "id"}  # the pair itself stays as it is
+    cluster.beat(pair[1], [KEY], is_serving=True)
+    assert cluster.groups.routes()
+
+
+def test_a_mixed_node_without_its_engine_is_passed_over(cluster):
+    nodes = [cluster.add(f"10.0.0.{i}:1", "mixed") for i in (5, 6)]
+    cluster.beat(nodes[0], is_serving=False)
+    assert [route.decode for route in cluster.groups.routes()] == [nodes[1]]
+    cluster.beat(nodes[0])  # a node that does not say is taken to serve
+    assert len(cluster.groups.routes()) == 2
 
 
 def test_why_no_route_names_the_missing_roles(cluster):
