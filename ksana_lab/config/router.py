@@ -29,7 +29,8 @@ class RouterConfig(Frozen):
     database_url: str | None = Field(None, repr=False)  # SQLAlchemy URL; None: a SQLite file of this port's, see ``resolved_database_url``
     policy: Literal["random", "round_robin", "least_loaded"] = "least_loaded"
     connect_timeout_s: float = Field(5.0, gt=0)  # to open a connection to a node
-    read_timeout_s: float = Field(600.0, gt=0)  # longest silence of a node inside a reply, and before its first byte
+    read_timeout_s: float = Field(600.0, gt=0)  # longest silence of a node inside a stream, from its head on
+    reply_timeout_s: float = Field(3600.0, gt=0)  # longest wait for a reply in one piece, and for a stream's head, of a node that lives
     max_connections: int = Field(0, ge=0)  # to all nodes together; 0 = no limit
     max_body_bytes: int = Field(64 << 20, ge=1024)
     shutdown_grace_s: float = Field(5.0, ge=0)  # for replies in flight when the router is stopped

@@ -93,12 +93,13 @@ class Proxy:
         """Called on a timer: end what has waited too long."""
         now_s = time.monotonic()
         for exchange in list(self._exchanges):
-            exchange.check(now_s, self._config.read_timeout_s, self._why_dead)
+            exchange.check(now_s, self._config.read_timeout_s, self._config.reply_timeout_s, self._why_dead)
 
     @property
     def check_interval_s(self) -> float:
         """Fine enough for the shortest time-out, and no finer."""
-        return min(1.0, self._config.read_timeout_s / 4, self._config.heartbeat_timeout_s / 4)
+        config = self._config
+        return min(1.0, config.read_timeout_s / 4, config.reply_timeout_s / 4, config.heartbeat_timeout_s / 4)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         arrival_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from asyncio import Event, wait_for
 from types import SimpleNamespace
 
@@ -308,8 +309,33 @@ async def test_a_silent_node_is_waited_for_no_longer_than_the_read_timeout(side)
     handlers = {"prefill": stream(obj(65)), "decode": stream(obj(65, 66)), side: hang()}
     async with one_pair(**handlers, read_timeout_s=0.2) as (router, p, d):
         status, body = await ask(router, "/generate")
-        assert status == 504 and json.loads(body)["error"]["side"] == side
+        error = json.loads(body)["error"]
+        assert status == 504 and error["side"] == side and "the router's read_timeout_s" in error["message"]
         await wait_for((p if side == "prefill" else d).gone.wait(), BOUND_S)
+
+
+async def test_a_reply_in_one_piece_is_waited_for_while_its_node_lives():
+    go = Event()
+
+    async def late(request):
+        await go.wait()
+        return web.json_response({"d": 1})
+
+    async with one_pair(json_reply(200, {}), late) as (router, _p, d):
+        asked = asyncio.create_task(ask(router, "/v1/completions"))
+        await wait_for(d.asked.wait(), BOUND_S)
+        (exchange,) = router.router.proxy._exchanges
+        exchange.check(time.monotonic() + 3000, 600, 3600, lambda node, silent_s: None)
+        go.set()
+        assert await asked == (200, b'{"d": 1}')
+
+
+async def test_no_reply_is_waited_for_longer_than_the_reply_timeout():
+    async with one_pair(json_reply(200, {}), hang(), reply_timeout_s=0.2) as (router, _p, d):
+        status, body = await ask(router, "/v1/completions")
+        error = json.loads(body)["error"]
+        assert status == 504 and error["side"] == "decode" and "the router's reply_timeout_s" in error["message"]
+        await wait_for(d.gone.wait(), BOUND_S)
 
 
 async def test_a_node_that_stops_its_heartbeats_is_not_waited_for():
