@@ -73,6 +73,13 @@ class RegisterNode(BaseModel):
     incarnation: _Text | None = None  # ours: new for every start of a node process; falls back to job_id
 
 
+class UnregisterNode(BaseModel):
+    """Ours. POST /UnregisterNode -> 200, of a node that ends in order. A router without this route learns it from the node's silence."""
+
+    model_config = ConfigDict(extra="ignore")
+    node_id: str
+
+
 class RegisterNodeAnswer(BaseModel):
     model_config = ConfigDict(extra="ignore")
     node_id: str

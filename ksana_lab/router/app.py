@@ -1,5 +1,5 @@
-"""The router's process: control routes (KsanaLLM's RegisterNode, Heartbeat, RegisterCommId; /nodes, /health, /metrics, /v1/models) and the
-proxied ones, one asyncio loop, state in memory with a store behind it."""
+"""The router's process: control routes (KsanaLLM's RegisterNode, Heartbeat, RegisterCommId; UnregisterNode, /nodes, /health, /metrics,
+/v1/models) and the proxied ones, one asyncio loop, state in memory with a store behind it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pydantic import field_validator
 from ksana_lab import log
 from ksana_lab.config.router import RouterConfig
 from ksana_lab.errors import ConfigError
-from ksana_lab.protocol.node import Heartbeat, RegisterCommId, RegisterNode
+from ksana_lab.protocol.node import Heartbeat, RegisterCommId, RegisterNode, UnregisterNode
 from ksana_lab.router import policies
 from ksana_lab.router.comm_groups import CommGroups
 from ksana_lab.router.exchange import Failure, Receive, Send, url_of
@@ -235,6 +235,11 @@ def _control_app(router: Router) -> FastAPI:
     @app.post("/RegisterNode", status_code=201)
     async def register_node(request: CheckedRegisterNode) -> dict[str, Any]:
         return router.register(request)
+
+    @app.post("/UnregisterNode")
+    async def unregister_node(request: UnregisterNode) -> dict[str, Any]:
+        router.registry.sign_off(request.node_id)
+        return {"status": "OK"}
 
     @app.post("/Heartbeat")
     async def heartbeat(beat: Heartbeat) -> dict[str, Any]:

@@ -196,7 +196,7 @@ class Proxy:
 
     def _why_dead(self, node: Node, silent_s: float) -> str | None:
         if not self._registry.is_current(node):
-            return "was replaced or forgotten while the request ran"
+            return "was replaced, signed off or was forgotten while the request ran"
         timeout_s = self._config.heartbeat_timeout_s
         if silent_s > timeout_s and not self._registry.is_online(node):
             return f"sends no heartbeats and was silent for {silent_s:.1f} s"

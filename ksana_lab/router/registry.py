@@ -149,7 +149,7 @@ class Registry:
         world_size, num_devices = _checked_devices(request)
         role = Role(request.group_role)
         old = self._predecessor(request, role)
-        self._make_way(request, coordinator_addr, old)
+        self._make_way(request, role, coordinator_addr, old)
         incarnation = request.incarnation or request.job_id or request.start_time or ""
         now = self.clock()
         if old is not None and incarnation and (old.incarnation, old.role) == (incarnation, role):
@@ -177,6 +177,12 @@ class Registry:
         node.was_online, node.is_suspect = True, False
         self._changed(node, urgent=True)
         return node
+
+    def sign_off(self, node_id: str) -> None:
+        """The node ends in order: its addresses are free at once. Raises UnknownNode (404)."""
+        node = self.get(node_id)
+        self._remove(node)
+        logger.info("%s signed off", node)
 
     def heartbeat(self, beat: Heartbeat) -> Node:
         """Raises UnknownNode (404): the node must register again."""
@@ -235,22 +241,23 @@ class Registry:
             return same
         for node in self._by_id.values():
             if (node.inference_addr, node.node_rank) == (request.inference_addr, request.node_rank):
-                if node.hostname == request.hostname is not None or not self.is_online(node):
+                if _is_same_host(node, request) or not self.is_online(node):
                     return node
                 raise Refused(409, f"inference_addr {request.inference_addr} is in use by the live {node}; give each node its own")
         return None
 
-    def _make_way(self, request: RegisterNode, coordinator_addr: str | None, old: Node | None) -> None:
-        """No two nodes share a coordinator_addr: a live owner refuses the newcomer, a dead one goes."""
-        if coordinator_addr is None:
+    def _make_way(self, request: RegisterNode, role: Role, coordinator_addr: str | None, old: Node | None) -> None:
+        """No two nodes share a coordinator_addr: a live owner refuses the newcomer, a dead one goes. One on the newcomer's host is dead, since
+        each binds its address before it registers. A mixed node binds none."""
+        if coordinator_addr is None or not role.is_disaggregated:
             return
         for node in list(self._by_id.values()):
-            if node is old or node.coordinator_addr != coordinator_addr:
+            if node is old or node.coordinator_addr != coordinator_addr or not node.role.is_disaggregated:
                 continue
-            if self.is_online(node):
+            if self.is_online(node) and not _is_same_host(node, request):
                 message = f"coordinator_addr {coordinator_addr} is in use by the live {node}; give {request.inference_addr} its own"
                 raise Refused(409, message)
-            logger.info("%s is offline and gives way to %s, which has its coordinator_addr", node, request.inference_addr)
+            logger.info("%s is gone and gives way to %s, which has its coordinator_addr", node, request.inference_addr)
             self._remove(node)
 
     def _new_id(self, asked: str | None) -> str:
@@ -272,6 +279,11 @@ class Registry:
     def _changed(self, node: Node, *, urgent: bool) -> None:
         self.version += 1
         self._journal.put_node(node, urgent=urgent)
+
+
+def _is_same_host(node: Node, request: RegisterNode) -> bool:
+    """False also when either does not say."""
+    return node.hostname is not None and node.hostname == request.hostname
 
 
 def _checked_coordinator(request: RegisterNode) -> str | None:

@@ -29,6 +29,7 @@ from ksana_lab.protocol.node import (
     RegisterCommId,
     RegisterNode,
     RegisterNodeAnswer,
+    UnregisterNode,
     split_comm_key,
 )
 from ksana_lab.server.engine_client import EngineClient
@@ -37,6 +38,7 @@ from ksana_lab.types import Role
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 10.0
+SIGN_OFF_TIMEOUT_S = 1.0  # a router that is slow to hear of our end finds out by itself
 ENGINE_SILENCE_S = 15.0  # of the engine, after which the router is told to send nothing here; /health's bound too
 FIRST_RETRY_S, MAX_RETRY_S = 0.2, 5.0
 _UNKNOWN_NODE_WORDS = ("不存在", "not found", "unknown node")
@@ -257,8 +259,17 @@ class Registrar:
             self._logged = (message, now_s)
 
     async def close(self) -> None:
-        """May be called twice."""
+        """Sign off, so that the router does not take this node for a live one for another minute. May be called twice."""
+        if self.is_registered:
+            self.is_registered = False
+            await self._sign_off()
         await self._client.aclose()
+
+    async def _sign_off(self) -> None:
+        try:
+            await asyncio.wait_for(self._post("/UnregisterNode", UnregisterNode(node_id=self.node_id)), SIGN_OFF_TIMEOUT_S)
+        except (httpx.HTTPError, RouterRefused, asyncio.TimeoutError) as error:
+            log.debug("not signed off: %s", error)
 
 
 def _load_of(status: EngineStatus | None) -> NodeLoad | None:

@@ -111,6 +111,28 @@ def test_coordinator_of_a_dead_node_is_taken_over(cluster):
     assert list(cluster.registry) == [d]
 
 
+def test_coordinator_of_the_same_host_is_taken_over_at_once(cluster):
+    cluster.add(P, "prefill", coordinator_addr="10.0.0.1:13569", hostname="a")
+    p = cluster.add("10.0.0.1:8068", "prefill", coordinator_addr="10.0.0.1:13569", hostname="a")
+    assert list(cluster.registry) == [p]
+    with pytest.raises(Refused, match="coordinator_addr"):
+        cluster.add(D, "decode", coordinator_addr="10.0.0.1:13569", hostname="b")
+
+
+def test_mixed_nodes_may_name_a_coordinator_that_none_of_them_binds(cluster):
+    for addr, role in ((P, "prefill"), (D, "mixed"), ("10.0.0.3:1", "mixed")):
+        cluster.add(addr, role, coordinator_addr="10.0.0.1:13569", hostname="a")
+    assert len(cluster.registry) == 3
+
+
+def test_what_a_node_had_is_free_when_it_signs_off(cluster, pair):
+    cluster.registry.sign_off(pair[0].node_id)
+    assert not cluster.groups.routes() and cluster.groups.why_no_route() == "no prefill node is registered"
+    cluster.add("10.0.0.1:9999", "prefill", coordinator_addr=pair[0].coordinator_addr)
+    with pytest.raises(UnknownNode):
+        cluster.registry.sign_off(pair[0].node_id)
+
+
 def test_one_address_has_one_role(cluster):
     cluster.add(P, "prefill", hostname="a")
     with pytest.raises(Refused, match="live prefill node"):

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import uvicorn
+from router_stubs import running_router
 from server_fakes import running_node
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -211,6 +212,23 @@ async def test_a_node_whose_engine_is_silent_says_so_once_and_beats_again_when_i
             node.engine.mute = False
             await router.wait(lambda: router.heartbeats[-1]["is_serving"])
             assert len(router.registered) == 1
+
+
+async def test_a_node_that_ends_in_order_signs_off(tmp_path):
+    async with running_router() as router:
+        address = NodeAddr.parse(router.url.removeprefix("http://"))
+        async with running_node(tmp_path, Role.PREFILL, **connector(address)) as node:
+            while not node.server.registrar.is_registered:
+                await asyncio.sleep(0.01)
+            assert len(router.router.registry) == 1
+        assert len(router.router.registry) == 0
+
+
+async def test_a_router_that_knows_no_sign_off_does_not_hold_up_the_end(tmp_path):
+    async with StubRouter().serving() as router, running_node(tmp_path, Role.PREFILL, **connector(router)) as node:
+        await router.wait(lambda: router.heartbeats)
+        node.server.stop()
+        assert await node.task == 0
 
 
 def test_the_router_hears_of_a_silent_engine_when_health_does():
