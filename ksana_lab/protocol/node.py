@@ -70,6 +70,7 @@ class RegisterNode(BaseModel):
     start_time: _Text | None = None
     comm_id: str | None = None
     node_id: _NodeId | None = None
+    heartbeat_interval_s: float | None = Field(None, gt=0, allow_inf_nan=False)  # ours
     incarnation: _Text | None = None  # ours: new for every start of a node process; falls back to job_id
 
 

@@ -17,6 +17,7 @@ from ksana_lab.types import NodeAddr, Role
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT_INTERVAL_S = 5.0  # of a node that does not say
 PURGE_AFTER_S = 3600.0  # a node silent for so long (or ten heartbeat time-outs, if that is longer) is forgotten
 
 
@@ -56,6 +57,7 @@ class Node:
     num_requests_elsewhere: int = 0  # what the node reported beyond ours: other routers, direct clients
     is_suspect: bool = False  # refused a connection since its last heartbeat, or has sent none to this process yet
     is_serving: bool = True  # False: it said that its engine does not answer
+    heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S
     was_online: bool = True
 
     @property
@@ -148,9 +150,9 @@ class Registry:
         coordinator_addr = _checked_coordinator(request)
         world_size, num_devices = _checked_devices(request)
         role = Role(request.group_role)
-        old = self._predecessor(request, role)
-        self._make_way(request, role, coordinator_addr, old)
         incarnation = request.incarnation or request.job_id or request.start_time or ""
+        old = self._predecessor(request, role, incarnation)
+        self._make_way(request, role, coordinator_addr, old)
         now = self.clock()
         if old is not None and incarnation and (old.incarnation, old.role) == (incarnation, role):
             node = old
@@ -174,6 +176,7 @@ class Registry:
                 self._remove(old)
             self._insert(node)
             logger.info("%s %s as %s", node, "restarted, registered" if old else "registered", node.node_id)
+        node.heartbeat_interval_s = request.heartbeat_interval_s or HEARTBEAT_INTERVAL_S
         node.was_online, node.is_suspect = True, False
         self._changed(node, urgent=True)
         return node
@@ -233,11 +236,13 @@ class Registry:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _predecessor(self, request: RegisterNode, role: Role) -> Node | None:
+    def _predecessor(self, request: RegisterNode, role: Role, incarnation: str) -> Node | None:
         """The node this one replaces: the same identity; or the same address and rank on the same host in another role, since one port
         has one owner."""
         same = self._groups.get((request.inference_addr, role), {}).get(request.node_rank)
         if same is not None:
+            if not incarnation or same.incarnation != incarnation:
+                self._refuse_twin(same, request)
             return same
         for node in self._by_id.values():
             if (node.inference_addr, node.node_rank) == (request.inference_addr, request.node_rank):
@@ -246,9 +251,19 @@ class Registry:
                 raise Refused(409, f"inference_addr {request.inference_addr} is in use by the live {node}; give each node its own")
         return None
 
+    def _refuse_twin(self, old: Node, request: RegisterNode) -> None:
+        """A node that moved to another host leaves its old self silent; two that beat would replace each other for ever."""
+        if None in (old.hostname, request.hostname) or old.hostname == request.hostname:
+            return
+        if self.is_online(old) and self.silent_s(old) <= 2 * old.heartbeat_interval_s:
+            advice = f"give the one on host {request.hostname} its own, where the router can reach it (127.0.0.1 is every host's)"
+            raise Refused(
+                409, f"inference_addr {request.inference_addr} is in use by the {old.role.value} node on host {old.hostname}; {advice}"
+            )
+
     def _make_way(self, request: RegisterNode, role: Role, coordinator_addr: str | None, old: Node | None) -> None:
-        """No two nodes share a coordinator_addr: a live owner refuses the newcomer, a dead one goes. One on the newcomer's host is dead, since
-        each binds its address before it registers. A mixed node binds none."""
+        """No two nodes share a coordinator_addr: a live owner refuses the newcomer, a dead one goes. The newcomer's own host cannot have a
+        live one: each binds its address before it registers. A mixed node binds none."""
         if coordinator_addr is None or not role.is_disaggregated:
             return
         for node in list(self._by_id.values()):

@@ -241,6 +241,7 @@ class Registrar:
             start_time=time.strftime("%Y-%m-%d %H:%M:%S"),
             node_id=self.node_id or None,
             incarnation=self.incarnation,
+            heartbeat_interval_s=options.heartbeat_interval_s,
         )
 
     async def _sleep(self, seconds: float) -> None:

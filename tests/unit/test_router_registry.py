@@ -133,6 +133,27 @@ def test_what_a_node_had_is_free_when_it_signs_off(cluster, pair):
         cluster.registry.sign_off(pair[0].node_id)
 
 
+def test_two_hosts_do_not_share_an_inference_addr(cluster):
+    a = cluster.add("127.0.0.1:8067", "mixed", hostname="a", heartbeat_interval_s=2.0)
+    cluster.now += 3.9
+    with pytest.raises(Refused, match="the mixed node on host a; give the one on host b its own") as error:
+        cluster.add("127.0.0.1:8067", "mixed", hostname="b", incarnation="2")
+    assert error.value.status == 409 and list(cluster.registry) == [a]
+
+
+def test_a_node_that_moved_to_another_host_takes_its_place_after_two_heartbeats(cluster):
+    cluster.add(P, "prefill", hostname="a", heartbeat_interval_s=2.0)
+    cluster.now += 4.1
+    moved = cluster.add(P, "prefill", hostname="b", incarnation="2")
+    assert list(cluster.registry) == [moved]
+
+
+@pytest.mark.parametrize("fields", [{"hostname": "a", "incarnation": "2"}, {"hostname": None, "incarnation": "2"}, {"hostname": "b"}])
+def test_a_restart_or_a_renamed_host_is_no_twin(cluster, fields):
+    cluster.add(P, "prefill", hostname="a")
+    assert cluster.add(P, "prefill", **fields) and len(cluster.registry) == 1
+
+
 def test_one_address_has_one_role(cluster):
     cluster.add(P, "prefill", hostname="a")
     with pytest.raises(Refused, match="live prefill node"):
