@@ -193,7 +193,7 @@ class Router:
         reasons = []
         for node in {node.inference_addr: node for route in self.groups.routes() for node in route.nodes}.values():
             try:
-                async with self.proxy.session.get(url_of(node, "/v1/models"), timeout=timeout) as response:
+                async with self.proxy.session.get(url_of(node, "/v1/models"), timeout=timeout, allow_redirects=False) as response:
                     if response.status == 200:
                         return Response(await response.read(), media_type="application/json")
                     reasons.append(f"{node} answered {response.status}")

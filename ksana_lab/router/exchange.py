@@ -36,7 +36,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 DELIVER_S = 5.0  # for a request to reach its node, after its client or the other node has given up
 BLAME_S = 0.25  # for the other node to say itself what a node blames it for
-TELL_S = 5.0  # for a client to take the error event of a broken stream
+TELL_S = 5.0  # for a client to take its error
 FAILED_NODE_HEADER = "x-ksana-lab-failed-node"  # on an error that a node gave: which one, "<role> <inference_addr>"
 _HOP_BY_HOP = {
     b"connection",
@@ -357,7 +357,10 @@ class Exchange:
         )
         leg.response = response
         leg.wait()
-        if response.status >= 300:
+        if 300 <= response.status < 400:
+            why = "a redirect, which would lead past the router; a '/' too many at the end of the path is the usual reason"
+            raise leg.failure(502, "node_failed", f"answered {response.status}, {why}")
+        if response.status >= 400:
             body = await response.read()
             failure = leg.failure(response.status, "node_error", f"answered {response.status}")
             failure.reply = (_client_headers(response, is_stream=False), body)
@@ -440,15 +443,17 @@ def note_sent() -> aiohttp.TraceConfig:
 
 
 async def tell(client: Client, failure: Failure, framing: Framing | None) -> None:
-    """Give the client its error: a JSON answer before the stream, an event inside it, or a cut where neither can be."""
+    """Give the client its error: a JSON answer before the stream, an event inside it, or a cut where neither can be or it does not read."""
     if client.is_gone or client.is_finished or failure.outcome == "client_stalled":
         return
     if not client.is_started:
-        await client.reply(*_error_reply(failure))
+        told = client.reply(*_error_reply(failure))
+    elif (event := (framing or RawFraming()).error_event(failure.body())) is not None:
+        told = client.piece(event, is_last=True)
+    else:
         return
-    event = (framing or RawFraming()).error_event(failure.body())
-    if event is not None:
-        await asyncio.wait_for(client.piece(event, is_last=True), TELL_S)
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(told, TELL_S)
 
 
 def _error_reply(failure: Failure) -> tuple[int, Headers, bytes]:

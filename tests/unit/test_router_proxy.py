@@ -26,6 +26,7 @@ from router_stubs import (
     stub_nodes,
 )
 
+from ksana_lab.router import exchange as exchange_module
 from ksana_lab.router.exchange import Client, Exchange
 from ksana_lab.types import Role
 
@@ -207,6 +208,16 @@ async def test_an_error_answer_of_one_side_is_returned_and_ends_the_other(bad_si
         await wait_for(good.gone.wait(), BOUND_S)
         assert 'outcome="rejected"' in await (await router.session.get(router.url + "/metrics")).text()
         assert_idle(router)
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_nodes_redirect_does_not_lead_the_client_past_the_router(side):
+    elsewhere = json_reply(307, {}, {"location": "http://10.0.0.9:8067/v1/completions"})
+    async with one_pair(**{"prefill": hang(), "decode": hang(), side: elsewhere}) as (router, _p, _d):
+        response = await wait_for(router.post("/v1/completions/", allow_redirects=False), BOUND_S)
+        error = (await response.json())["error"]
+        assert response.status == 502 and "location" not in response.headers
+        assert error["side"] == side and "answered 307, a redirect, which would lead past the router" in error["message"]
 
 
 BLAME = {"error": {"message": "the decode node gave it up", "type": "transfer_failed", "code": 502}}
@@ -488,6 +499,44 @@ async def test_a_side_that_is_given_up_while_it_waits_does_not_trip_the_other(ca
         exchange.client.reply = lambda *answer: asyncio.sleep(0)
         await wait_for(decode, BOUND_S)
     assert exchange._over.result() is None and "InvalidStateError" not in caplog.text
+
+
+def served(router, send=None):
+    """The proxy as the server calls it, for a client that asks and stays."""
+    messages = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive():
+        return next(messages, None) or await Event().wait()
+
+    return router.router.proxy({"type": "http", "method": "POST", "path": "/generate", "headers": []}, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [(json_reply(200, {}), hang()), (stream(obj(65)), stream(obj(65, 66), "abort"))],
+    ids=["before the answer", "inside the stream"],
+)
+async def test_a_client_that_does_not_take_its_error_is_counted_all_the_same(prefill, decode, monkeypatch):
+    monkeypatch.setattr(exchange_module, "TELL_S", 0.05)
+
+    async def send(message):
+        if message.get("status", 200) >= 500 or b"error" in message.get("body", b""):
+            await Event().wait()
+
+    async with one_pair(prefill, decode, reply_timeout_s=0.2) as (router, _p, _d):
+        await wait_for(served(router, send), BOUND_S)
+        assert b'outcome="decode_failed",route="/generate"} 1.0' in router.router.telemetry.exposition()
+        assert_idle(router)
+
+
+async def test_a_request_that_the_server_cancels_is_counted():
+    async with one_pair(hang(), hang()) as (router, _p, d):
+        serving = asyncio.create_task(served(router))
+        await wait_for(d.asked.wait(), BOUND_S)
+        serving.cancel()
+        await asyncio.wait([serving])
+        assert b'outcome="cancelled",route="/generate"} 1.0' in router.router.telemetry.exposition()
+        assert_idle(router)
 
 
 async def test_a_client_that_reads_nothing_is_given_up():
