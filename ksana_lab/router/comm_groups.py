@@ -17,6 +17,8 @@ from ksana_lab.types import Role
 
 logger = logging.getLogger(__name__)
 
+MAX_REASONS = 4  # that a client is told why it cannot be served
+
 Addresses = list[tuple[int, int, str]]  # (node_rank, device_id, coordinator_addr) per device, prefill's first
 
 
@@ -130,12 +132,18 @@ class CommGroups:
         return self._routes
 
     def why_no_route(self) -> str:
-        """One line for the client that cannot be served."""
-        nodes = {role: self._groups(role) for role in (Role.PREFILL, Role.DECODE)}
-        missing = [role.value for role, groups in nodes.items() if not groups]
-        if missing:
-            return f"no {' and no '.join(missing)} node is registered"
-        return "; ".join(f"{state.comm_key}: {state.why_not}" for _, _, state in self._pairs() if state.why_not) or "no node is ready"
+        """One line for the client that cannot be served; what is nearest to serving first."""
+        reasons = [(self._share_online(p + d), f"{state.comm_key}: {state.why_not}") for p, d, state in self._pairs() if state.why_not]
+        reasons += [(self._share_online(group), why) for group in self._groups(Role.MIXED) if (why := self._why_unready(group))]
+        texts = [text for _, text in sorted(reasons, key=lambda reason: -reason[0])]
+        missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self._groups(role)]
+        if len(missing) == 1 or not texts:
+            texts.insert(0, f"no {' and no '.join(missing)} node is registered" if missing else "no node is ready")
+        more = [f"and {len(texts) - MAX_REASONS} more, see GET /nodes"] if len(texts) > MAX_REASONS else []
+        return "; ".join(texts[:MAX_REASONS] + more)
+
+    def _share_online(self, nodes: list[Node]) -> float:
+        return sum(map(self._registry.is_online, nodes)) / len(nodes)
 
     def states(self) -> list[PairState]:
         return [state for _, _, state in self._pairs()]

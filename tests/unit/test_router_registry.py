@@ -397,6 +397,23 @@ def test_why_no_route_names_the_missing_roles(cluster):
     assert cluster.groups.why_no_route() == "no decode node is registered"
 
 
+def test_why_no_route_begins_with_the_living_and_is_short(cluster):
+    for i in range(5):
+        cluster.add(f"10.0.1.{i}:1", "prefill")
+    cluster.add("10.0.2.1:1", "decode")
+    cluster.now += 11
+    cluster.add(P, "prefill"), cluster.add(D, "decode")
+    first, *others, last = cluster.groups.why_no_route().split("; ")
+    assert first == f"{KEY}: no comm id is registered for the pair"
+    assert len(others) == 3 and last == "and 8 more, see GET /nodes"
+
+
+def test_why_no_route_tells_of_mixed_nodes(cluster):
+    node = cluster.add("10.0.0.5:1", "mixed")
+    cluster.beat(node, is_serving=False)
+    assert cluster.groups.why_no_route() == "mixed node 10.0.0.5:1 says that its engine does not answer"
+
+
 def test_ids_of_pairs_that_are_no_more_are_dropped(cluster, pair):
     cluster.now += cluster.registry.purge_after_s + 1
     cluster.registry.expire()
