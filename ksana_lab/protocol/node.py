@@ -1,6 +1,7 @@
 """The router's HTTP protocol, field for field as KsanaLLM's router and nodes speak it (python/simple_router), and what we add.
 
-Additions are optional fields that the reference ignores: a node that lacks them is served as the reference would serve it."""
+Additions are optional fields that the reference ignores, and one route, UnregisterNode, that it answers with 404: a node that lacks them is
+served as the reference would serve it."""
 
 from __future__ import annotations
 
