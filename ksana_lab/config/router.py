@@ -24,12 +24,13 @@ class RouterConfig(Frozen):
     host: str = "127.0.0.1"  # the address the HTTP server binds
     port: Port = 9080
     workers: int = Field(1, ge=1, le=1)  # one asyncio process: loads and pairs are kept in memory, so a second would choose blindly
-    cluster_name: str = "default_cluster"  # a node that names another cluster is refused
+    cluster_name: str = Field("default_cluster", max_length=64)  # a node that names another cluster is refused
     heartbeat_timeout_s: float = Field(60.0, gt=0)  # silent for longer: offline
     database_url: str | None = Field(None, repr=False)  # SQLAlchemy URL; None: a SQLite file of this port's, see ``resolved_database_url``
     policy: Literal["random", "round_robin", "least_loaded"] = "least_loaded"
     connect_timeout_s: float = Field(5.0, gt=0)  # to open a connection to a node
-    read_timeout_s: float = Field(600.0, gt=0)  # longest silence of a node inside a reply, and before its first byte
+    read_timeout_s: float = Field(600.0, gt=0)  # longest silence of a node inside a stream, from its head on
+    reply_timeout_s: float = Field(3600.0, gt=0)  # longest wait for a reply in one piece, and for a stream's head, of a node that lives
     max_connections: int = Field(0, ge=0)  # to all nodes together; 0 = no limit
     max_body_bytes: int = Field(64 << 20, ge=1024)
     shutdown_grace_s: float = Field(5.0, ge=0)  # for replies in flight when the router is stopped

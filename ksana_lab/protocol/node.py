@@ -1,12 +1,13 @@
 """The router's HTTP protocol, field for field as KsanaLLM's router and nodes speak it (python/simple_router), and what we add.
 
-Additions are optional fields that the reference ignores: a node that lacks them is served as the reference would serve it."""
+Additions are optional fields that the reference ignores, and one route, UnregisterNode, that it answers with 404: a node that lacks them is
+served as the reference would serve it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ksana_lab.types import NodeAddr
 
@@ -33,6 +34,20 @@ def split_comm_key(key: str) -> tuple[str, str]:
     return prefill, decode
 
 
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain a NUL character")
+    return text
+
+
+# What a router keeps has to fit the columns of its database. A bounded length also refuses half a surrogate pair, which no column holds.
+_Count = Annotated[int, Field(lt=2**31)]
+_Address = Annotated[str, Field(max_length=127), AfterValidator(_without_nul)]  # two of them make a comm key
+_NodeId = Annotated[str, Field(max_length=64), AfterValidator(_without_nul)]
+_Text = Annotated[str, Field(max_length=256), AfterValidator(_without_nul)]
+_CommId = Annotated[str, Field(max_length=4096), AfterValidator(_without_nul)]  # the reference's: 172
+
+
 class Device(BaseModel):
     model_config = ConfigDict(extra="ignore")
     device_id: int
@@ -44,19 +59,27 @@ class RegisterNode(BaseModel):
     """POST /RegisterNode -> 201."""
 
     model_config = ConfigDict(extra="ignore")
-    inference_addr: str
-    cluster_name: str | None = None
+    inference_addr: _Address
+    cluster_name: _Text | None = None
     group_role: Literal["prefill", "decode", "mixed"]  # "mixed" is ours: an aggregated node behind the same router
-    node_rank: int = Field(ge=0)
-    coordinator_addr: str | None = None
-    world_size: int | None = Field(None, gt=0)  # devices in the group
+    node_rank: _Count = Field(ge=0)
+    coordinator_addr: _Address | None = None
+    world_size: _Count | None = Field(None, gt=0)  # devices in the group
     devices: list[Device] | None = None
-    hostname: str | None = None
-    job_id: str | None = None
-    start_time: str | None = None
+    hostname: _Text | None = None
+    job_id: _Text | None = None
+    start_time: _Text | None = None
     comm_id: str | None = None
-    node_id: str | None = None
-    incarnation: str | None = None  # ours: new for every start of a node process; falls back to job_id
+    node_id: _NodeId | None = None
+    heartbeat_interval_s: float | None = Field(None, gt=0, allow_inf_nan=False)  # ours
+    incarnation: _Text | None = None  # ours: new for every start of a node process; falls back to job_id
+
+
+class UnregisterNode(BaseModel):
+    """Ours. POST /UnregisterNode -> 200, of a node that ends in order. A router without this route learns it from the node's silence."""
+
+    model_config = ConfigDict(extra="ignore")
+    node_id: str
 
 
 class RegisterNodeAnswer(BaseModel):
@@ -87,6 +110,7 @@ class Heartbeat(BaseModel):
     node_id: str
     connected_comm_keys: list[str] | None = None  # ours: pairs whose peer this node has shaken hands with; None = node does not say
     load: NodeLoad | None = None  # ours
+    is_serving: bool | None = None  # ours; False: the API process lives but its engine does not answer; None = node does not say
 
 
 class HeartbeatAnswer(BaseModel):
@@ -106,5 +130,5 @@ class RegisterCommId(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     node_id: str
-    comm_key: str
-    comm_id: str
+    comm_key: _Text
+    comm_id: _CommId

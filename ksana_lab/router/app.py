@@ -1,5 +1,5 @@
-"""The router's process: control routes (KsanaLLM's RegisterNode, Heartbeat, RegisterCommId; /nodes, /health, /metrics, /v1/models) and the
-proxied ones, one asyncio loop, state in memory with a store behind it."""
+"""The router's process: control routes (KsanaLLM's RegisterNode, Heartbeat, RegisterCommId; UnregisterNode, /nodes, /health, /metrics,
+/v1/models) and the proxied ones, one asyncio loop, state in memory with a store behind it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import datetime
 import gc
+import json
 import logging
 import resource
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 import aiohttp
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import field_validator
@@ -27,7 +30,7 @@ from pydantic import field_validator
 from ksana_lab import log
 from ksana_lab.config.router import RouterConfig
 from ksana_lab.errors import ConfigError
-from ksana_lab.protocol.node import Heartbeat, RegisterCommId, RegisterNode
+from ksana_lab.protocol.node import Heartbeat, RegisterCommId, RegisterNode, UnregisterNode
 from ksana_lab.router import policies
 from ksana_lab.router.comm_groups import CommGroups
 from ksana_lab.router.exchange import Failure, Receive, Send, url_of
@@ -190,7 +193,7 @@ class Router:
         reasons = []
         for node in {node.inference_addr: node for route in self.groups.routes() for node in route.nodes}.values():
             try:
-                async with self.proxy.session.get(url_of(node, "/v1/models"), timeout=timeout) as response:
+                async with self.proxy.session.get(url_of(node, "/v1/models"), timeout=timeout, allow_redirects=False) as response:
                     if response.status == 200:
                         return Response(await response.read(), media_type="application/json")
                     reasons.append(f"{node} answered {response.status}")
@@ -220,6 +223,11 @@ def _control_app(router: Router) -> FastAPI:
     async def refused(_: Request, error: Refused) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, error.status)
 
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # FastAPI's own form, in ASCII: what it quotes of the request may be text that UTF-8 cannot hold.
+        return Response(json.dumps({"detail": jsonable_encoder(error.errors())}), 422, media_type="application/json")
+
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # starlette logs it
         return JSONResponse({"detail": f"Internal error: {type(error).__name__}"}, 500)
@@ -227,6 +235,11 @@ def _control_app(router: Router) -> FastAPI:
     @app.post("/RegisterNode", status_code=201)
     async def register_node(request: CheckedRegisterNode) -> dict[str, Any]:
         return router.register(request)
+
+    @app.post("/UnregisterNode")
+    async def unregister_node(request: UnregisterNode) -> dict[str, Any]:
+        router.registry.sign_off(request.node_id)
+        return {"status": "OK"}
 
     @app.post("/Heartbeat")
     async def heartbeat(beat: Heartbeat) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ksana_lab.types import Role
 
 logger = logging.getLogger(__name__)
 
+MAX_REASONS = 4  # that a client is told why it cannot be served
+
 Addresses = list[tuple[int, int, str]]  # (node_rank, device_id, coordinator_addr) per device, prefill's first
 
 
@@ -123,19 +125,25 @@ class CommGroups:
             self._routes = [
                 Route(state.comm_key, prefill[0], decode[0]) for prefill, decode, state in self._pairs() if state.why_not is None
             ]
-            self._routes += [Route(None, None, group[0]) for group in self._groups(Role.MIXED) if self._registry.is_ready(group)]
+            self._routes += [Route(None, None, group[0]) for group in self._groups(Role.MIXED) if self._why_unready(group) is None]
             beats = [node.last_heartbeat_s for node in self._registry if self._registry.is_online(node)]
             until_s = min(beats, default=0.0) + self._registry.heartbeat_timeout_s
             self._routes_are_for = self._registry.version, until_s
         return self._routes
 
     def why_no_route(self) -> str:
-        """One line for the client that cannot be served."""
-        nodes = {role: self._groups(role) for role in (Role.PREFILL, Role.DECODE)}
-        missing = [role.value for role, groups in nodes.items() if not groups]
-        if missing:
-            return f"no {' and no '.join(missing)} node is registered"
-        return "; ".join(f"{state.comm_key}: {state.why_not}" for _, _, state in self._pairs() if state.why_not) or "no node is ready"
+        """One line for the client that cannot be served; what is nearest to serving first."""
+        reasons = [(self._share_online(p + d), f"{state.comm_key}: {state.why_not}") for p, d, state in self._pairs() if state.why_not]
+        reasons += [(self._share_online(group), why) for group in self._groups(Role.MIXED) if (why := self._why_unready(group))]
+        texts = [text for _, text in sorted(reasons, key=lambda reason: -reason[0])]
+        missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not self._groups(role)]
+        if len(missing) == 1 or not texts:
+            texts.insert(0, f"no {' and no '.join(missing)} node is registered" if missing else "no node is ready")
+        more = [f"and {len(texts) - MAX_REASONS} more, see GET /nodes"] if len(texts) > MAX_REASONS else []
+        return "; ".join(texts[:MAX_REASONS] + more)
+
+    def _share_online(self, nodes: list[Node]) -> float:
+        return sum(map(self._registry.is_online, nodes)) / len(nodes)
 
     def states(self) -> list[PairState]:
         return [state for _, _, state in self._pairs()]
@@ -201,7 +209,7 @@ class CommGroups:
 
     def _why_unready(self, group: list[Node]) -> str | None:
         if self._registry.is_ready(group):
-            return None
+            return next((f"{node} says that its engine does not answer" for node in group if not node.is_serving), None)
         if group[0].node_rank != 0:
             return f"{group[0].role.value} node {group[0].inference_addr} rank 0 is not registered"
         for node in group:

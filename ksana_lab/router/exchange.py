@@ -2,7 +2,8 @@
 
 Knows nothing of choosing, registration or metrics. Whatever goes wrong first, on either side or at the client, decides; then both upstream
 connections are closed, which tells the nodes to give up. Nothing here waits without a bound: ``check``, called on a timer, ends an exchange
-whose node or client has been silent for too long. The merging rules are those of KsanaLLM's router and, where the decode node acknowledges
+whose node or client has been silent for too long. A reply in one piece is silence until it is whole: before a stream is known to be one,
+a node is waited for while it lives. The merging rules are those of KsanaLLM's router and, where the decode node acknowledges
 ``FIRST_TOKEN_HEADER``, those of protocol/node.py."""
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 DELIVER_S = 5.0  # for a request to reach its node, after its client or the other node has given up
 BLAME_S = 0.25  # for the other node to say itself what a node blames it for
-TELL_S = 5.0  # for a client to take the error event of a broken stream
+TELL_S = 5.0  # for a client to take its error
 FAILED_NODE_HEADER = "x-ksana-lab-failed-node"  # on an error that a node gave: which one, "<role> <inference_addr>"
 _HOP_BY_HOP = {
     b"connection",
@@ -190,6 +191,7 @@ class Exchange:
         self._decode_head: asyncio.Future[aiohttp.ClientResponse] = loop.create_future()
         self._prefill_head: asyncio.Future[None] = loop.create_future()
         self._prefill_end: asyncio.Future[None] = loop.create_future()
+        self._is_stream = False  # a node's headers said so; those of a stream come at once
         self._has_decode_output = False  # decode's output is on its way to the client: prefill has done its part
         self.framing: Framing | None = None  # of the client's stream, once it is known to be one
         self.first_data_s: float | None = None  # monotonic: when the first bytes of a reply came from a node
@@ -222,19 +224,23 @@ class Exchange:
         if not self._over.done():
             self._over.set_result(failure)
 
-    def check(self, now_s: float, read_timeout_s: float, why_dead: Callable[[Node, float], str | None]) -> None:
+    def check(self, now_s: float, read_timeout_s: float, reply_timeout_s: float, why_dead: Callable[[Node, float], str | None]) -> None:
         """Called on a timer. ``why_dead(node, silent_s)`` says why a silent node need not be waited for any longer, if so."""
         blocked_s = self.client.blocked_since_s
         if blocked_s is not None:
             if now_s - blocked_s > read_timeout_s:
-                self.fail(Failure("client_stalled", 499, "client_stalled", f"the client read nothing for {read_timeout_s:g} s"))
+                self.fail(
+                    Failure("client_stalled", 499, "client_stalled", f"the client read nothing for {read_timeout_s:g} s (read_timeout_s)")
+                )
             return
         for leg in (self._prefill, self._decode):
             if leg is None or leg.state is not _State.WAITING:
                 continue
             silent_s = now_s - leg.since_s
-            if silent_s > read_timeout_s:
-                self.fail(leg.failure(504, "timeout", f"sent nothing for {read_timeout_s:g} s"))
+            if self._is_stream and silent_s > read_timeout_s:
+                self.fail(leg.failure(504, "timeout", f"sent nothing for {read_timeout_s:g} s, the router's read_timeout_s"))
+            elif silent_s > reply_timeout_s:
+                self.fail(leg.failure(504, "timeout", f"gave no reply in {reply_timeout_s:g} s, the router's reply_timeout_s"))
             elif (why := why_dead(leg.node, silent_s)) is not None:
                 self.fail(leg.failure(502, "node_failed", why))
 
@@ -242,7 +248,7 @@ class Exchange:
 
     async def _run_decode(self, leg: Leg) -> None:
         response = await self._open(leg)
-        framing = _framing(self._path, response)
+        framing = self._framing(response)
         _settle(self._decode_head, response)
         self.client.will_start(response.status, _client_headers(response, is_stream=framing is not None))
         if framing is None:
@@ -264,10 +270,10 @@ class Exchange:
 
     async def _run_prefill(self, leg: Leg) -> None:
         response = await self._open(leg)
-        framing = _framing(self._path, response)
+        framing = self._framing(response)
         _settle(self._prefill_head, None)
         decode_response = await self._hold(leg, self._decode_head)
-        if framing is None or _framing(self._path, decode_response) is not framing:
+        if framing is None or self._framing(decode_response) is not framing:
             leg.wait()
             await response.read()  # of no use to the client
             return _settle(self._prefill_end, None)
@@ -351,7 +357,10 @@ class Exchange:
         )
         leg.response = response
         leg.wait()
-        if response.status >= 300:
+        if 300 <= response.status < 400:
+            why = "a redirect, which would lead past the router; a '/' too many at the end of the path is the usual reason"
+            raise leg.failure(502, "node_failed", f"answered {response.status}, {why}")
+        if response.status >= 400:
             body = await response.read()
             failure = leg.failure(response.status, "node_error", f"answered {response.status}")
             failure.reply = (_client_headers(response, is_stream=False), body)
@@ -394,6 +403,13 @@ class Exchange:
         if rest := framing.rest():
             yield rest
 
+    def _framing(self, response: aiohttp.ClientResponse) -> type[Framing] | None:
+        headers = response.headers
+        is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        framing = framing_of(self._path, headers.get("content-type", "").lower(), is_chunked)
+        self._is_stream |= framing is not None
+        return framing
+
     def _is_first_from_prefill(self, decode_response: aiohttp.ClientResponse) -> bool:
         """Decode has understood that the first token is prefill's to show."""
         return self._prefill is not None and decode_response.headers.get(FIRST_TOKEN_HEADER) == FIRST_TOKEN_FROM_PREFILL
@@ -427,15 +443,17 @@ def note_sent() -> aiohttp.TraceConfig:
 
 
 async def tell(client: Client, failure: Failure, framing: Framing | None) -> None:
-    """Give the client its error: a JSON answer before the stream, an event inside it, or a cut where neither can be."""
+    """Give the client its error: a JSON answer before the stream, an event inside it, or a cut where neither can be or it does not read."""
     if client.is_gone or client.is_finished or failure.outcome == "client_stalled":
         return
     if not client.is_started:
-        await client.reply(*_error_reply(failure))
+        told = client.reply(*_error_reply(failure))
+    elif (event := (framing or RawFraming()).error_event(failure.body())) is not None:
+        told = client.piece(event, is_last=True)
+    else:
         return
-    event = (framing or RawFraming()).error_event(failure.body())
-    if event is not None:
-        await asyncio.wait_for(client.piece(event, is_last=True), TELL_S)
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(told, TELL_S)
 
 
 def _error_reply(failure: Failure) -> tuple[int, Headers, bytes]:
@@ -452,12 +470,6 @@ def _error_reply(failure: Failure) -> tuple[int, Headers, bytes]:
 
 def url_of(node: Node, target: str) -> URL:
     return URL(f"http://{node.inference_addr}{target}", encoded=True)
-
-
-def _framing(path: str, response: aiohttp.ClientResponse) -> type[Framing] | None:
-    headers = response.headers
-    is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
-    return framing_of(path, headers.get("content-type", "").lower(), is_chunked)
 
 
 def _client_headers(response: aiohttp.ClientResponse, *, is_stream: bool) -> Headers:

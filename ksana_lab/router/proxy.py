@@ -93,28 +93,42 @@ class Proxy:
         """Called on a timer: end what has waited too long."""
         now_s = time.monotonic()
         for exchange in list(self._exchanges):
-            exchange.check(now_s, self._config.read_timeout_s, self._why_dead)
+            exchange.check(now_s, self._config.read_timeout_s, self._config.reply_timeout_s, self._why_dead)
 
     @property
     def check_interval_s(self) -> float:
         """Fine enough for the shortest time-out, and no finer."""
-        return min(1.0, self._config.read_timeout_s / 4, self._config.heartbeat_timeout_s / 4)
+        config = self._config
+        return min(1.0, config.read_timeout_s / 4, config.reply_timeout_s / 4, config.heartbeat_timeout_s / 4)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         arrival_s = time.monotonic()
-        path = scope["path"]
         headers, request_id = _node_headers(scope["headers"])
         client = Client(receive, send, request_id.encode("latin-1"))
+        outcome, message = "cancelled", None
+        try:
+            failure = await self._answer(client, scope, headers, request_id, arrival_s)
+            outcome, message = (failure.outcome, failure.message) if failure else ("ok", None)
+        except ClientGone:
+            outcome = "client_gone"
+        except Exception:
+            outcome = "internal_error"
+            raise
+        finally:
+            self._telemetry.ended(request_id, scope["path"], outcome, message)
+
+    async def _answer(
+        self, client: Client, scope: MutableMapping[str, Any], headers: CIMultiDict[str], request_id: str, arrival_s: float
+    ) -> Failure | None:
+        """The client has its answer, or what went wrong. Raises ClientGone when its request never came whole."""
         framing: Framing | None = None
         try:
             body = await client.read_body(self._config.max_body_bytes)
-        except ClientGone:
-            return self._telemetry.ended(request_id, path, "client_gone")
         except BodyTooLarge:
             message = f"the request is larger than max_body_bytes = {self._config.max_body_bytes}"
             failure: Failure | None = Failure("too_large", 413, "invalid_request_error", message)
         else:
-            self._telemetry.arrived(request_id, path, len(body))
+            self._telemetry.arrived(request_id, scope["path"], len(body))
             watch = asyncio.get_running_loop().create_task(client.watch())
             try:
                 failure, framing = await self._serve(client, _target(scope), body, headers, request_id, arrival_s)
@@ -122,7 +136,7 @@ class Proxy:
                 watch.cancel()
         if failure is not None:
             await tell(client, failure, framing)
-        self._telemetry.ended(request_id, path, failure.outcome if failure else "ok", failure.message if failure else None)
+        return failure
 
     async def _serve(
         self, client: Client, target: str, body: bytes, headers: CIMultiDict[str], request_id: str, arrival_s: float
@@ -195,7 +209,7 @@ class Proxy:
 
     def _why_dead(self, node: Node, silent_s: float) -> str | None:
         if not self._registry.is_current(node):
-            return "was replaced or forgotten while the request ran"
+            return "was replaced, signed off or was forgotten while the request ran"
         timeout_s = self._config.heartbeat_timeout_s
         if silent_s > timeout_s and not self._registry.is_online(node):
             return f"sends no heartbeats and was silent for {silent_s:.1f} s"

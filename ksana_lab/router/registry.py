@@ -17,6 +17,7 @@ from ksana_lab.types import NodeAddr, Role
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT_INTERVAL_S = 5.0  # of a node that does not say
 PURGE_AFTER_S = 3600.0  # a node silent for so long (or ten heartbeat time-outs, if that is longer) is forgotten
 
 
@@ -55,6 +56,8 @@ class Node:
     num_tokens: int = 0  # their prompts, estimated
     num_requests_elsewhere: int = 0  # what the node reported beyond ours: other routers, direct clients
     is_suspect: bool = False  # refused a connection since its last heartbeat, or has sent none to this process yet
+    is_serving: bool = True  # False: it said that its engine does not answer
+    heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S
     was_online: bool = True
 
     @property
@@ -147,9 +150,9 @@ class Registry:
         coordinator_addr = _checked_coordinator(request)
         world_size, num_devices = _checked_devices(request)
         role = Role(request.group_role)
-        old = self._predecessor(request, role)
-        self._make_way(request, coordinator_addr, old)
         incarnation = request.incarnation or request.job_id or request.start_time or ""
+        old = self._predecessor(request, role, incarnation)
+        self._make_way(request, role, coordinator_addr, old)
         now = self.clock()
         if old is not None and incarnation and (old.incarnation, old.role) == (incarnation, role):
             node = old
@@ -173,9 +176,16 @@ class Registry:
                 self._remove(old)
             self._insert(node)
             logger.info("%s %s as %s", node, "restarted, registered" if old else "registered", node.node_id)
+        node.heartbeat_interval_s = request.heartbeat_interval_s or HEARTBEAT_INTERVAL_S
         node.was_online, node.is_suspect = True, False
         self._changed(node, urgent=True)
         return node
+
+    def sign_off(self, node_id: str) -> None:
+        """The node ends in order: its addresses are free at once. Raises UnknownNode (404)."""
+        node = self.get(node_id)
+        self._remove(node)
+        logger.info("%s signed off", node)
 
     def heartbeat(self, beat: Heartbeat) -> Node:
         """Raises UnknownNode (404): the node must register again."""
@@ -186,11 +196,19 @@ class Registry:
         is_news = connected != node.connected or not node.was_online
         node.connected, node.last_heartbeat_s = connected, self.clock()
         node.was_online, node.is_suspect = True, False
+        self._note_serving(node, beat.is_serving is not False)
         if beat.load is not None:
             node.load = beat.load
             node.num_requests_elsewhere = max(0, beat.load.num_running + beat.load.num_waiting - node.num_requests)
         self._changed(node, urgent=is_news)
         return node
+
+    def _note_serving(self, node: Node, is_serving: bool) -> None:
+        if is_serving and not node.is_serving:
+            logger.info("%s serves again: its engine answers", node)
+        elif not is_serving and node.is_serving:
+            logger.warning("%s says that its engine does not answer: it gets no requests until it does", node)
+        node.is_serving = is_serving
 
     def suspect(self, node: Node) -> None:
         """A connection to it was refused: prefer others until it sends a heartbeat."""
@@ -218,30 +236,43 @@ class Registry:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _predecessor(self, request: RegisterNode, role: Role) -> Node | None:
+    def _predecessor(self, request: RegisterNode, role: Role, incarnation: str) -> Node | None:
         """The node this one replaces: the same identity; or the same address and rank on the same host in another role, since one port
         has one owner."""
         same = self._groups.get((request.inference_addr, role), {}).get(request.node_rank)
         if same is not None:
+            if not incarnation or same.incarnation != incarnation:
+                self._refuse_twin(same, request)
             return same
         for node in self._by_id.values():
             if (node.inference_addr, node.node_rank) == (request.inference_addr, request.node_rank):
-                if node.hostname == request.hostname is not None or not self.is_online(node):
+                if _is_same_host(node, request) or not self.is_online(node):
                     return node
                 raise Refused(409, f"inference_addr {request.inference_addr} is in use by the live {node}; give each node its own")
         return None
 
-    def _make_way(self, request: RegisterNode, coordinator_addr: str | None, old: Node | None) -> None:
-        """No two nodes share a coordinator_addr: a live owner refuses the newcomer, a dead one goes."""
-        if coordinator_addr is None:
+    def _refuse_twin(self, old: Node, request: RegisterNode) -> None:
+        """A node that moved to another host leaves its old self silent; two that beat would replace each other for ever."""
+        if None in (old.hostname, request.hostname) or old.hostname == request.hostname:
+            return
+        if self.is_online(old) and self.silent_s(old) <= 2 * old.heartbeat_interval_s:
+            advice = f"give the one on host {request.hostname} its own, where the router can reach it (127.0.0.1 is every host's)"
+            raise Refused(
+                409, f"inference_addr {request.inference_addr} is in use by the {old.role.value} node on host {old.hostname}; {advice}"
+            )
+
+    def _make_way(self, request: RegisterNode, role: Role, coordinator_addr: str | None, old: Node | None) -> None:
+        """No two nodes share a coordinator_addr: a live owner refuses the newcomer, a dead one goes. The newcomer's own host cannot have a
+        live one: each binds its address before it registers. A mixed node binds none."""
+        if coordinator_addr is None or not role.is_disaggregated:
             return
         for node in list(self._by_id.values()):
-            if node is old or node.coordinator_addr != coordinator_addr:
+            if node is old or node.coordinator_addr != coordinator_addr or not node.role.is_disaggregated:
                 continue
-            if self.is_online(node):
+            if self.is_online(node) and not _is_same_host(node, request):
                 message = f"coordinator_addr {coordinator_addr} is in use by the live {node}; give {request.inference_addr} its own"
                 raise Refused(409, message)
-            logger.info("%s is offline and gives way to %s, which has its coordinator_addr", node, request.inference_addr)
+            logger.info("%s is gone and gives way to %s, which has its coordinator_addr", node, request.inference_addr)
             self._remove(node)
 
     def _new_id(self, asked: str | None) -> str:
@@ -263,6 +294,11 @@ class Registry:
     def _changed(self, node: Node, *, urgent: bool) -> None:
         self.version += 1
         self._journal.put_node(node, urgent=urgent)
+
+
+def _is_same_host(node: Node, request: RegisterNode) -> bool:
+    """False also when either does not say."""
+    return node.hostname is not None and node.hostname == request.hostname
 
 
 def _checked_coordinator(request: RegisterNode) -> str | None:

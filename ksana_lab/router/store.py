@@ -1,7 +1,8 @@
 """What a restarted router must know: nodes, comm ids, and which request ids were given out. SQLAlchemy: a SQLite file, MySQL or PostgreSQL.
 
 Nobody waits for the database: changes are handed to a thread that writes the newest state of each row; request ids are leased in ranges,
-the next range while the present one lasts. While the database cannot be written the router serves on, and ``error`` says so."""
+the next range while the present one lasts. While the database cannot be written the router serves on, and ``error`` says so. Neither keeps
+the other from its turn: ids are leased whatever becomes of the rows, and a row that the database will never take is left out."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ _counter = sa.Table(
 
 _Row = dict[str, Any]
 _Key = tuple[Any, ...]
+_Dirty = dict[tuple[str, _Key], _Row | None]  # (table, key) -> row to write, or None: delete
 
 
 @dataclass
@@ -83,7 +86,8 @@ class Store:
         self.request_ids = RequestIds(self._ask_for_lease)
         self._url = url
         self._cond = threading.Condition()
-        self._dirty: dict[tuple[str, _Key], _Row | None] = {}  # (table, key) -> row to write, or None: delete
+        self._dirty: _Dirty = {}
+        self._rejected: set[tuple[str, _Key]] = set()  # rows that the log has named as left out
         self._is_lease_wanted = False
         self._due_s: float | None = None  # monotonic; when the thread is to write
         self._closing = False
@@ -168,14 +172,12 @@ class Store:
                 is_lease_wanted, self._is_lease_wanted = self._is_lease_wanted, False
                 self._due_s = None
                 is_last = self._closing
-            try:
-                if dirty:
-                    self._write(dirty)
-                if is_lease_wanted and not is_last:
-                    self.request_ids.add(self._lease())
+            lease_error = self._try(self._add_lease) if is_lease_wanted and not is_last else None
+            write_error = self._try(partial(self._write, dirty)) if dirty else None
+            if (error := write_error or lease_error) is None:
                 self._succeeded()
-            except sa.exc.SQLAlchemyError as error:
-                self._failed(error, dirty, is_lease_wanted)
+            else:
+                self._failed(error, dirty if write_error else {}, is_lease_wanted=lease_error is not None)
             if is_last:
                 return
 
@@ -183,12 +185,24 @@ class Store:
         """0: now; None: until told."""
         return None if self._due_s is None else max(0.0, self._due_s - time.monotonic())
 
+    @staticmethod
+    def _try(act: Callable[[], None]) -> Exception | None:
+        """What went wrong, whatever it is: were the thread to end, nothing would be written and no id leased any more."""
+        try:
+            act()
+        except Exception as error:
+            return error
+        return None
+
+    def _add_lease(self) -> None:
+        self.request_ids.add(self._lease())
+
     def _succeeded(self) -> None:
         if self.error is not None:
             logger.info("the database %s can be written again", _shown(self._url))
             self.error = None
 
-    def _failed(self, error: Exception, dirty: dict[tuple[str, _Key], _Row | None], is_lease_wanted: bool) -> None:
+    def _failed(self, error: Exception, dirty: _Dirty, *, is_lease_wanted: bool) -> None:
         if self.error is None:
             logger.error("the database %s cannot be written: %s; serving on, will retry", _shown(self._url), _reason(error))
         self.error = _reason(error)
@@ -197,7 +211,28 @@ class Store:
             self._is_lease_wanted |= is_lease_wanted
             self._due_s = time.monotonic() + RETRY_S
 
-    def _write(self, dirty: dict[tuple[str, _Key], _Row | None]) -> None:
+    def _write(self, dirty: _Dirty) -> None:
+        """All in one transaction; or, when the database rejects one, each in its own, without those that fail alone."""
+        try:
+            self._replace(dirty)
+        except Exception as error:
+            if not _is_rejection(error):
+                raise
+            for name, row in dirty.items():
+                self._write_alone(name, row)
+
+    def _write_alone(self, name: tuple[str, _Key], row: _Row | None) -> None:
+        try:
+            self._replace({name: row})
+            self._rejected.discard(name)
+        except Exception as error:
+            if not _is_rejection(error):
+                raise
+            if name not in self._rejected:  # a node's row comes again with each of its heartbeats
+                logger.error("the database %s rejects a row, which is left out: %s %r: %s", _shown(self._url), *name, _reason(error))
+            self._rejected.add(name)
+
+    def _replace(self, dirty: _Dirty) -> None:
         """The newest row of each key replaces what is there, in one transaction."""
         assert self._engine is not None
         with self._engine.begin() as connection:
@@ -360,6 +395,13 @@ def _pair_row(cluster_name: str, comm_id: CommId) -> _Row:
 
 def _comm_id_of(row: _Row) -> CommId:
     return CommId(row["comm_key"], row["comm_id"], row["registered_s"], frozenset(json.loads(row["node_ids"])))
+
+
+def _is_rejection(error: Exception) -> bool:
+    """The row is at fault (too long, out of range, text that cannot be encoded), not the database: to try again would be in vain."""
+    if isinstance(error, sa.exc.DBAPIError):
+        return isinstance(error, sa.exc.DataError | sa.exc.IntegrityError)
+    return isinstance(error, sa.exc.StatementError | ValueError | TypeError | OverflowError)
 
 
 def _shown(url: str) -> str:

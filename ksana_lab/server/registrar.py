@@ -1,7 +1,8 @@
 """A node's side of the router's protocol: register, heartbeat, comm ids, peers. Off every request's path.
 
 Start-up order does not matter: it tries for ever, with back-off. It registers again by itself when the router forgot this node (404), gives
-every pair of a prefill node a fresh comm id when the router shows none, and tells the engine each time the pairs change.
+every pair of a prefill node a fresh comm id when the router shows none, and tells the engine each time the pairs change. A node whose
+engine falls silent says so once, then nothing until it speaks again: silence is the one sign that the reference's router knows.
 
 Works with the reference router, which ignores our extra fields and answers an unknown node with 500 instead of 404."""
 
@@ -28,6 +29,7 @@ from ksana_lab.protocol.node import (
     RegisterCommId,
     RegisterNode,
     RegisterNodeAnswer,
+    UnregisterNode,
     split_comm_key,
 )
 from ksana_lab.server.engine_client import EngineClient
@@ -36,6 +38,8 @@ from ksana_lab.types import Role
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 10.0
+SIGN_OFF_TIMEOUT_S = 1.0  # a router that is slow to hear of our end finds out by itself
+ENGINE_SILENCE_S = 15.0  # of the engine, after which the router is told to send nothing here; /health's bound too
 FIRST_RETRY_S, MAX_RETRY_S = 0.2, 5.0
 _UNKNOWN_NODE_WORDS = ("不存在", "not found", "unknown node")
 _FORGOTTEN_AFTER_500S = 3  # the reference's 500 says nothing; to register for one stray 500 would clear this node's pairs
@@ -64,6 +68,7 @@ class Registrar:
         *,
         client: httpx.AsyncClient | None = None,
         first_retry_s: float = FIRST_RETRY_S,
+        silence_limit_s: float = ENGINE_SILENCE_S,
     ) -> None:
         """Raises ConfigError without router_addr or inference_addr."""
         if options.router_addr is None or options.inference_addr is None:
@@ -75,7 +80,9 @@ class Registrar:
         self._wake = asyncio.Event()
         self._fresh_keys: set[str] = set()  # pairs given a comm id in the latest round
         self._told: list[PeerUpdate.Pair] | None = None
+        self._has_told_silence = False
         self._logged: tuple[str, float] = ("", 0.0)
+        self.silence_limit_s = silence_limit_s
         self.node_id = ""
         self.is_registered = False
         self.last_heartbeat_s: float | None = None  # monotonic, of the last good one
@@ -86,6 +93,8 @@ class Registrar:
         """Why the router may not route to this node; None when it can."""
         if not self.is_registered:
             return f"not registered with the router at {self._options.router_addr}: {self.last_error or 'not tried yet'}"
+        if self._has_told_silence:
+            return f"the router at {self._options.router_addr} is told to send nothing here: the engine does not answer"
         silent_s = time.monotonic() - (self.last_heartbeat_s or 0.0)
         if silent_s > max(3 * self._options.heartbeat_interval_s, REQUEST_TIMEOUT_S):
             return f"no heartbeat has reached the router at {self._options.router_addr} for {silent_s:.0f} s: {self.last_error}"
@@ -103,6 +112,8 @@ class Registrar:
             nonlocal last_connected
             if status.connected != last_connected:  # a pair that came up should not wait for the next heartbeat
                 last_connected = list(status.connected)
+                self._wake.set()
+            if self._has_told_silence:
                 self._wake.set()
 
         self._engine.on_status = on_status
@@ -132,6 +143,7 @@ class Registrar:
         self.node_id, self.is_registered = answer.node_id, True
         self.last_error, self.last_heartbeat_s = None, time.monotonic()
         self._told = None  # the engine hears of the pairs again, whatever they are
+        self._has_told_silence = False
         log.info("registered with the router at %s as %s", self._options.router_addr, self.node_id)
 
     async def _heartbeats(self) -> None:
@@ -155,18 +167,28 @@ class Registrar:
 
     async def _heartbeat(self) -> bool:
         """One exchange. True: a comm id was registered, and the next heartbeat will show the pair's addresses."""
-        status = self._engine.status
-        heartbeat = Heartbeat(node_id=self.node_id, load=_load_of(status))
+        status, is_serving = self._engine.status, self._engine.silence_s <= self.silence_limit_s
+        if not is_serving and self._has_told_silence:
+            return False
+        heartbeat = Heartbeat(node_id=self.node_id, load=_load_of(status), is_serving=is_serving)
         if self._options.role.is_disaggregated:
             heartbeat.connected_comm_keys = list(status.connected) if status else []
         answer = HeartbeatAnswer.model_validate_json(await self._post("/Heartbeat", heartbeat))
         self.last_heartbeat_s, self.last_error = time.monotonic(), None
+        self._note_serving(is_serving)
         self.comm_ids = dict(answer.comm_group_to_id)
         fresh = await self._register_comm_ids(answer)
         self._tell_engine(answer)
         is_news = bool(fresh - self._fresh_keys)
         self._fresh_keys = fresh
         return is_news
+
+    def _note_serving(self, is_serving: bool) -> None:
+        if is_serving and self._has_told_silence:
+            log.info("the engine answers again, and the router knows")
+        elif not is_serving:
+            log.warning("the engine has said nothing for %.0f s: the router is told to send nothing here", self._engine.silence_s)
+        self._has_told_silence = not is_serving
 
     async def _register_comm_ids(self, answer: HeartbeatAnswer) -> set[str]:
         """Prefill rank 0 names every pair of its own that has no id. Returns those pairs."""
@@ -219,6 +241,7 @@ class Registrar:
             start_time=time.strftime("%Y-%m-%d %H:%M:%S"),
             node_id=self.node_id or None,
             incarnation=self.incarnation,
+            heartbeat_interval_s=options.heartbeat_interval_s,
         )
 
     async def _sleep(self, seconds: float) -> None:
@@ -237,8 +260,17 @@ class Registrar:
             self._logged = (message, now_s)
 
     async def close(self) -> None:
-        """May be called twice."""
+        """Sign off, so that the router does not take this node for a live one for another minute. May be called twice."""
+        if self.is_registered:
+            self.is_registered = False
+            await self._sign_off()
         await self._client.aclose()
+
+    async def _sign_off(self) -> None:
+        try:
+            await asyncio.wait_for(self._post("/UnregisterNode", UnregisterNode(node_id=self.node_id)), SIGN_OFF_TIMEOUT_S)
+        except (httpx.HTTPError, RouterRefused, asyncio.TimeoutError) as error:
+            log.debug("not signed off: %s", error)
 
 
 def _load_of(status: EngineStatus | None) -> NodeLoad | None:

@@ -84,12 +84,27 @@ async def test_refusals_have_the_references_form(path, body, status, says):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("inference_addr", "nohost"), ("inference_addr", ":80"), ("inference_addr", "a:"), ("group_role", "both"), ("node_rank", -1)],
+    [
+        *(("inference_addr", addr) for addr in ("nohost", ":80", "a:", "x" * 125 + ":80")),
+        *(("node_rank", rank) for rank in (-1, 2**31)),
+        *(("hostname", name) for name in ("\ud800", "a\0b", "x" * 257)),
+        ("group_role", "both"),
+        ("world_size", 2**63),
+        ("node_id", "x" * 65),
+    ],
 )
 async def test_bad_fields_are_422_with_their_place(field, value):
     async with running_router() as router:
         status, answer = await router.call("/RegisterNode", REGISTER | {field: value})
         assert status == 422 and answer["detail"][0]["loc"] == ["body", field] and answer["detail"][0]["msg"]
+
+
+async def test_a_comm_id_that_no_answer_can_carry_is_refused():
+    async with running_router() as router:
+        p = (await router.call("/RegisterNode", REGISTER))[1]["node_id"]
+        await router.call("/RegisterNode", REGISTER_DECODE)
+        status, _ = await router.call("/RegisterCommId", {"node_id": p, "comm_key": KEY, "comm_id": "\ud800"})
+        assert status == 422 and (await router.call("/Heartbeat", {"node_id": p}))[0] == 200
 
 
 async def test_only_prefill_rank_0_registers_comm_ids():

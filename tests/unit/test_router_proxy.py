@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from asyncio import Event, wait_for
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from router_stubs import (
     stub_nodes,
 )
 
+from ksana_lab.router import exchange as exchange_module
 from ksana_lab.router.exchange import Client, Exchange
 from ksana_lab.types import Role
 
@@ -208,6 +210,16 @@ async def test_an_error_answer_of_one_side_is_returned_and_ends_the_other(bad_si
         assert_idle(router)
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_nodes_redirect_does_not_lead_the_client_past_the_router(side):
+    elsewhere = json_reply(307, {}, {"location": "http://10.0.0.9:8067/v1/completions"})
+    async with one_pair(**{"prefill": hang(), "decode": hang(), side: elsewhere}) as (router, _p, _d):
+        response = await wait_for(router.post("/v1/completions/", allow_redirects=False), BOUND_S)
+        error = (await response.json())["error"]
+        assert response.status == 502 and "location" not in response.headers
+        assert error["side"] == side and "answered 307, a redirect, which would lead past the router" in error["message"]
+
+
 BLAME = {"error": {"message": "the decode node gave it up", "type": "transfer_failed", "code": 502}}
 FULL = {"error": {"message": "full", "type": "queue_full", "code": 429}}
 
@@ -308,8 +320,33 @@ async def test_a_silent_node_is_waited_for_no_longer_than_the_read_timeout(side)
     handlers = {"prefill": stream(obj(65)), "decode": stream(obj(65, 66)), side: hang()}
     async with one_pair(**handlers, read_timeout_s=0.2) as (router, p, d):
         status, body = await ask(router, "/generate")
-        assert status == 504 and json.loads(body)["error"]["side"] == side
+        error = json.loads(body)["error"]
+        assert status == 504 and error["side"] == side and "the router's read_timeout_s" in error["message"]
         await wait_for((p if side == "prefill" else d).gone.wait(), BOUND_S)
+
+
+async def test_a_reply_in_one_piece_is_waited_for_while_its_node_lives():
+    go = Event()
+
+    async def late(request):
+        await go.wait()
+        return web.json_response({"d": 1})
+
+    async with one_pair(json_reply(200, {}), late) as (router, _p, d):
+        asked = asyncio.create_task(ask(router, "/v1/completions"))
+        await wait_for(d.asked.wait(), BOUND_S)
+        (exchange,) = router.router.proxy._exchanges
+        exchange.check(time.monotonic() + 3000, 600, 3600, lambda node, silent_s: None)
+        go.set()
+        assert await asked == (200, b'{"d": 1}')
+
+
+async def test_no_reply_is_waited_for_longer_than_the_reply_timeout():
+    async with one_pair(json_reply(200, {}), hang(), reply_timeout_s=0.2) as (router, _p, d):
+        status, body = await ask(router, "/v1/completions")
+        error = json.loads(body)["error"]
+        assert status == 504 and error["side"] == "decode" and "the router's reply_timeout_s" in error["message"]
+        await wait_for(d.gone.wait(), BOUND_S)
 
 
 async def test_a_node_that_stops_its_heartbeats_is_not_waited_for():
@@ -462,6 +499,44 @@ async def test_a_side_that_is_given_up_while_it_waits_does_not_trip_the_other(ca
         exchange.client.reply = lambda *answer: asyncio.sleep(0)
         await wait_for(decode, BOUND_S)
     assert exchange._over.result() is None and "InvalidStateError" not in caplog.text
+
+
+def served(router, send=None):
+    """The proxy as the server calls it, for a client that asks and stays."""
+    messages = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive():
+        return next(messages, None) or await Event().wait()
+
+    return router.router.proxy({"type": "http", "method": "POST", "path": "/generate", "headers": []}, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [(json_reply(200, {}), hang()), (stream(obj(65)), stream(obj(65, 66), "abort"))],
+    ids=["before the answer", "inside the stream"],
+)
+async def test_a_client_that_does_not_take_its_error_is_counted_all_the_same(prefill, decode, monkeypatch):
+    monkeypatch.setattr(exchange_module, "TELL_S", 0.05)
+
+    async def send(message):
+        if message.get("status", 200) >= 500 or b"error" in message.get("body", b""):
+            await Event().wait()
+
+    async with one_pair(prefill, decode, reply_timeout_s=0.2) as (router, _p, _d):
+        await wait_for(served(router, send), BOUND_S)
+        assert b'outcome="decode_failed",route="/generate"} 1.0' in router.router.telemetry.exposition()
+        assert_idle(router)
+
+
+async def test_a_request_that_the_server_cancels_is_counted():
+    async with one_pair(hang(), hang()) as (router, _p, d):
+        serving = asyncio.create_task(served(router))
+        await wait_for(d.asked.wait(), BOUND_S)
+        serving.cancel()
+        await asyncio.wait([serving])
+        assert b'outcome="cancelled",route="/generate"} 1.0' in router.router.telemetry.exposition()
+        assert_idle(router)
 
 
 async def test_a_client_that_reads_nothing_is_given_up():

@@ -34,8 +34,8 @@ class Cluster:
         fields |= {"node_rank": 0, **more}
         return self.registry.register(RegisterNode(inference_addr=addr, group_role=role, **fields))
 
-    def beat(self, node: Node, connected=None, load=None) -> tuple[dict, dict]:
-        beat = Heartbeat(node_id=node.node_id, connected_comm_keys=connected, load=load)
+    def beat(self, node: Node, connected=None, **more) -> tuple[dict, dict]:
+        beat = Heartbeat(node_id=node.node_id, connected_comm_keys=connected, **more)
         return self.groups.answer(self.registry.heartbeat(beat))
 
     def connect(self, prefill: Node, comm_id: str = "id", key: str = KEY) -> None:
@@ -109,6 +109,49 @@ def test_coordinator_of_a_dead_node_is_taken_over(cluster):
     cluster.now += 11
     d = cluster.add(D, "decode", coordinator_addr="10.0.0.1:13569")
     assert list(cluster.registry) == [d]
+
+
+def test_coordinator_of_the_same_host_is_taken_over_at_once(cluster):
+    cluster.add(P, "prefill", coordinator_addr="10.0.0.1:13569", hostname="a")
+    p = cluster.add("10.0.0.1:8068", "prefill", coordinator_addr="10.0.0.1:13569", hostname="a")
+    assert list(cluster.registry) == [p]
+    with pytest.raises(Refused, match="coordinator_addr"):
+        cluster.add(D, "decode", coordinator_addr="10.0.0.1:13569", hostname="b")
+
+
+def test_mixed_nodes_may_name_a_coordinator_that_none_of_them_binds(cluster):
+    for addr, role in ((P, "prefill"), (D, "mixed"), ("10.0.0.3:1", "mixed")):
+        cluster.add(addr, role, coordinator_addr="10.0.0.1:13569", hostname="a")
+    assert len(cluster.registry) == 3
+
+
+def test_what_a_node_had_is_free_when_it_signs_off(cluster, pair):
+    cluster.registry.sign_off(pair[0].node_id)
+    assert not cluster.groups.routes() and cluster.groups.why_no_route() == "no prefill node is registered"
+    cluster.add("10.0.0.1:9999", "prefill", coordinator_addr=pair[0].coordinator_addr)
+    with pytest.raises(UnknownNode):
+        cluster.registry.sign_off(pair[0].node_id)
+
+
+def test_two_hosts_do_not_share_an_inference_addr(cluster):
+    a = cluster.add("127.0.0.1:8067", "mixed", hostname="a", heartbeat_interval_s=2.0)
+    cluster.now += 3.9
+    with pytest.raises(Refused, match="the mixed node on host a; give the one on host b its own") as error:
+        cluster.add("127.0.0.1:8067", "mixed", hostname="b", incarnation="2")
+    assert error.value.status == 409 and list(cluster.registry) == [a]
+
+
+def test_a_node_that_moved_to_another_host_takes_its_place_after_two_heartbeats(cluster):
+    cluster.add(P, "prefill", hostname="a", heartbeat_interval_s=2.0)
+    cluster.now += 4.1
+    moved = cluster.add(P, "prefill", hostname="b", incarnation="2")
+    assert list(cluster.registry) == [moved]
+
+
+@pytest.mark.parametrize("fields", [{"hostname": "a", "incarnation": "2"}, {"hostname": None, "incarnation": "2"}, {"hostname": "b"}])
+def test_a_restart_or_a_renamed_host_is_no_twin(cluster, fields):
+    cluster.add(P, "prefill", hostname="a")
+    assert cluster.add(P, "prefill", **fields) and len(cluster.registry) == 1
 
 
 def test_one_address_has_one_role(cluster):
@@ -332,10 +375,43 @@ def test_a_mixed_node_serves_alone(cluster):
     assert not cluster.groups.routes()
 
 
+def test_a_node_that_says_its_engine_does_not_answer_gets_nothing_until_it_does(cluster, pair):
+    answer = cluster.beat(pair[1], [KEY], is_serving=False)
+    assert "decode node 10.0.0.2:6890 says that its engine does not answer" in cluster.why_not() and not cluster.groups.routes()
+    assert answer[1] == cluster.beat(pair[0], [KEY])[1] == {KEY: "id"}  # the pair itself stays as it is
+    cluster.beat(pair[1], [KEY], is_serving=True)
+    assert cluster.groups.routes()
+
+
+def test_a_mixed_node_without_its_engine_is_passed_over(cluster):
+    nodes = [cluster.add(f"10.0.0.{i}:1", "mixed") for i in (5, 6)]
+    cluster.beat(nodes[0], is_serving=False)
+    assert [route.decode for route in cluster.groups.routes()] == [nodes[1]]
+    cluster.beat(nodes[0])  # a node that does not say is taken to serve
+    assert len(cluster.groups.routes()) == 2
+
+
 def test_why_no_route_names_the_missing_roles(cluster):
     assert cluster.groups.why_no_route() == "no prefill and no decode node is registered"
     cluster.add(P, "prefill")
     assert cluster.groups.why_no_route() == "no decode node is registered"
+
+
+def test_why_no_route_begins_with_the_living_and_is_short(cluster):
+    for i in range(5):
+        cluster.add(f"10.0.1.{i}:1", "prefill")
+    cluster.add("10.0.2.1:1", "decode")
+    cluster.now += 11
+    cluster.add(P, "prefill"), cluster.add(D, "decode")
+    first, *others, last = cluster.groups.why_no_route().split("; ")
+    assert first == f"{KEY}: no comm id is registered for the pair"
+    assert len(others) == 3 and last == "and 8 more, see GET /nodes"
+
+
+def test_why_no_route_tells_of_mixed_nodes(cluster):
+    node = cluster.add("10.0.0.5:1", "mixed")
+    cluster.beat(node, is_serving=False)
+    assert cluster.groups.why_no_route() == "mixed node 10.0.0.5:1 says that its engine does not answer"
 
 
 def test_ids_of_pairs_that_are_no_more_are_dropped(cluster, pair):

@@ -130,12 +130,64 @@ def test_a_database_that_cannot_be_written_is_reported_and_caught_up_with(url, m
     execute(url, "ALTER TABLE ksana_lab_node RENAME TO elsewhere")
     failed, ok = threading.Event(), threading.Event()
     on_failed, on_ok = store._failed, store._succeeded
-    store._failed = lambda *a: (on_failed(*a), failed.set())
+    store._failed = lambda *a, **more: (on_failed(*a, **more), failed.set())
     store._succeeded = lambda: (on_ok(), ok.set())
     store.put_node(node(), urgent=True)
     assert failed.wait(10) and "ksana_lab_node" in store.error and "INSERT" not in store.error
     execute(url, "ALTER TABLE elsewhere RENAME TO ksana_lab_node")
     assert ok.wait(10) and store.error is None
+    store.close()
+    assert [n.node_id for n in opened(url)[1].nodes] == ["id-10.0.0.1:1"]
+
+
+def test_a_row_that_the_database_rejects_is_left_out_alone(url, caplog):
+    store, _ = opened(url)
+    good, bad = node("10.0.0.1:1"), node("10.0.0.2:1")
+    bad.world_size = 2**63
+    for n in (bad, good):
+        store.put_node(n, urgent=False)
+    store.close()
+    again, snapshot = opened(url)
+    again.close()
+    assert [n.node_id for n in snapshot.nodes] == [good.node_id] and store.error is None
+    assert caplog.text.count("rejects a row") == 1
+
+
+def test_a_rejected_row_is_named_once_however_often_it_comes(url, caplog):
+    store, _ = opened(url)
+    bad = node()
+    bad.hostname = "\ud800"
+    for _ in range(3):
+        store.put_node(bad, urgent=False)
+        store._write(store._dirty)
+    store.close()
+    assert caplog.text.count("rejects a row") == 1
+
+
+def test_ids_are_leased_while_rows_cannot_be_written(url, monkeypatch):
+    monkeypatch.setattr(store_module, "LEASE", 8)
+    monkeypatch.setattr(store_module, "RETRY_S", 0.02)
+    store, _ = opened(url)
+    renewed, add = threading.Event(), store.request_ids.add
+    monkeypatch.setattr(store.request_ids, "add", lambda ids: (add(ids), renewed.set()))
+    execute(url, "ALTER TABLE ksana_lab_node RENAME TO elsewhere")
+    store.put_node(node(), urgent=True)
+    first = [store.request_ids.next() for _ in range(5)]
+    assert renewed.wait(10)
+    assert first + [store.request_ids.next() for _ in range(5)] == list(range(1, 11))
+    store.close()
+    execute(url, "ALTER TABLE elsewhere RENAME TO ksana_lab_node")
+
+
+def test_whatever_goes_wrong_in_a_write_is_told_and_tried_again(url, monkeypatch):
+    monkeypatch.setattr(store_module, "RETRY_S", 0.02)
+    store, _ = opened(url)
+    failed, ok, on_failed, on_ok, replace = threading.Event(), threading.Event(), store._failed, store._succeeded, store._replace
+    store._failed = lambda *a, **more: (on_failed(*a, **more), failed.set())
+    store._succeeded = lambda: (on_ok(), ok.set())
+    store._replace = lambda dirty: replace(dirty) if failed.is_set() else [].pop()
+    store.put_node(node(), urgent=True)
+    assert failed.wait(10) and ok.wait(10) and store.error is None
     store.close()
     assert [n.node_id for n in opened(url)[1].nodes] == ["id-10.0.0.1:1"]
 

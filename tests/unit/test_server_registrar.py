@@ -6,13 +6,15 @@ import socket
 
 import pytest
 import uvicorn
+from router_stubs import running_router
 from server_fakes import running_node
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from ksana_lab.errors import ConfigError
-from ksana_lab.protocol.engine import PeerUpdate
+from ksana_lab.protocol.engine import GetStatus, PeerUpdate
+from ksana_lab.server import app, registrar
 from ksana_lab.server.registrar import Registrar
 from ksana_lab.types import NodeAddr, Role
 
@@ -194,6 +196,43 @@ async def test_a_mixed_node_behind_a_router_registers_as_mixed(tmp_path):
             await router.wait(lambda: router.heartbeats)
             assert (await node.client.get("/health")).status_code == 200
     assert router.registered[0]["group_role"] == "mixed" and "connected_comm_keys" not in router.heartbeats[-1]
+
+
+async def test_a_node_whose_engine_is_silent_says_so_once_and_beats_again_when_it_speaks(tmp_path):
+    async with StubRouter().serving() as router:
+        options = {"server_options": {"probe_period_s": 0.02}}
+        async with running_node(tmp_path, Role.MIXED, **connector(router), **options) as node:
+            node.server.registrar.silence_limit_s = 0.5
+            await router.wait(lambda: router.heartbeats)
+            node.engine.mute = True
+            await router.wait(lambda: router.heartbeats[-1]["is_serving"] is False)
+            said = len(router.heartbeats)
+            await node.engine.wait_for(GetStatus, len(node.engine.of(GetStatus)) + 5)  # time for many heartbeats
+            assert len(router.heartbeats) == said and "the engine does not answer" in node.server.registrar.problem()
+            node.engine.mute = False
+            await router.wait(lambda: router.heartbeats[-1]["is_serving"])
+            assert len(router.registered) == 1
+
+
+async def test_a_node_that_ends_in_order_signs_off(tmp_path):
+    async with running_router() as router:
+        address = NodeAddr.parse(router.url.removeprefix("http://"))
+        async with running_node(tmp_path, Role.PREFILL, **connector(address)) as node:
+            while not node.server.registrar.is_registered:
+                await asyncio.sleep(0.01)
+            assert len(router.router.registry) == 1
+        assert len(router.router.registry) == 0
+
+
+async def test_a_router_that_knows_no_sign_off_does_not_hold_up_the_end(tmp_path):
+    async with StubRouter().serving() as router, running_node(tmp_path, Role.PREFILL, **connector(router)) as node:
+        await router.wait(lambda: router.heartbeats)
+        node.server.stop()
+        assert await node.task == 0
+
+
+def test_the_router_hears_of_a_silent_engine_when_health_does():
+    assert registrar.ENGINE_SILENCE_S == app.ENGINE_SILENCE_S
 
 
 async def test_registering_needs_both_addresses():
