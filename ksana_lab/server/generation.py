@@ -271,6 +271,8 @@ class GenerationService:
     def _begin(self, ctx: RequestContext, prompts: Sequence[list[int]], make_sampling: MakeSampling, options: TextOptions) -> Generation:
         ready = self.engine.check_admission()
         samplings = [make_sampling(self._room(ready, ctx, prompt)) for prompt in prompts]
+        for sampling in samplings:
+            _check_stop_token_ids(sampling, ready.vocab_size)
         if sum(s.n for s in samplings) > MAX_SEQUENCES:
             raise InvalidRequest(f"prompts x n is {sum(s.n for s in samplings)}; at most {MAX_SEQUENCES} are allowed in one request", "n")
         base = self.engine.free_id(ctx.request_id)
@@ -314,3 +316,10 @@ class GenerationService:
         """For a request that brings none: from the node's own seed and the request's id, so that P and D of a pair draw the same."""
         text = f"{self.config.runtime.seed}/{ctx.request_id}/{number}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _check_stop_token_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """An id that no token has would stop nothing, and in the engine it would have to fit a tensor. Raises InvalidRequest."""
+    strange = next((i for i in sampling.stop_token_ids if not 0 <= i < vocab_size), None)
+    if strange is not None:
+        raise InvalidRequest(f"stop_token_ids must be in 0..{vocab_size - 1}, this model's vocabulary, got {strange}", "stop_token_ids")

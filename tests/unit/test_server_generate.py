@@ -114,6 +114,7 @@ async def test_sampling_config_means_what_the_reference_means(node, config, expe
         ({"input_tokens": [1], "sampling_config": {"max_new_tokens": 0}}, "max_new_tokens"),
         ({"input_tokens": [1], "sampling_config": {"json_schema": "{}"}}, "json_schema"),
         ({"input_tokens": [1], "sampling_config": {"stop_strings": [""]}}, "stop_strings"),
+        ({"input_tokens": [1], "sampling_config": {"stop_token_ids": [2**63], "min_tokens": 1}}, "stop_token_ids"),
         ({"input_tokens": [1], "structured_output_regex": "a+"}, "structured_output_regex"),
         ({"input_tokens": [1], "input_refit_embedding": {"pos": [1], "embeddings": [[0.1]]}}, "input_refit_embedding"),
         ({"messages": [{"role": "user"}]}, "messages"),
