@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_fakes import bpe, write_tokenizer
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, processors
 
 from ksana_lab.errors import CheckpointError, InvalidRequest
 from ksana_lab.server.tokenizing import TextStream, Tokenizer, WindowDetokenizer
@@ -142,9 +142,37 @@ def test_an_unusable_directory_is_named(tmp_path, broken):
         Tokenizer.load(directory)
 
 
-async def test_long_prompts_are_tokenised_in_a_thread_with_the_same_result():
+@pytest.mark.parametrize("special", [False, True])
+async def test_long_prompts_are_tokenised_in_a_thread_with_the_same_result(special):
+    backend = Backend.from_str(bpe())
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)])
+    text = "naïve 東京 🙂 the quick<|im_end|> fox " * 200
+    expected = backend.encode(text, add_special_tokens=special).ids
+    tokenizer = Tokenizer(backend, {}, None, [])
+    assert await tokenizer.encode_async(text, add_special_tokens=special) == expected
+    tokenizer.close()
+
+
+@pytest.mark.parametrize("without", [[], ["encode_batch_fast"]])
+async def test_the_thread_for_long_prompts_lets_go_of_the_interpreter(without):
+    """``encode`` does not, in any version; a batch does."""
+    backend = Only(Backend.from_str(bpe()), without=["encode", *without])
+    tokenizer = Tokenizer(backend, {}, None, [])
     text = "the quick brown fox " * 200
-    assert await TOKENIZER.encode_async(text) == TOKENIZER.encode(text)
+    assert await tokenizer.encode_async(text) == BACKEND.encode(text).ids
+    tokenizer.close()
+
+
+class Only:
+    """A tokenizer that lacks some methods."""
+
+    def __init__(self, backend, without):
+        self._backend, self._without = backend, without
+
+    def __getattr__(self, name):
+        if name in self._without:
+            raise AttributeError(name)
+        return getattr(self._backend, name)
 
 
 def test_chat_templates_render_as_transformers_does(tmp_path):
