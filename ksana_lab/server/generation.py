@@ -273,8 +273,7 @@ class GenerationService:
         samplings = [make_sampling(self._room(ready, ctx, prompt)) for prompt in prompts]
         for sampling in samplings:
             _check_stop_token_ids(sampling, ready.vocab_size)
-        if sum(s.n for s in samplings) > MAX_SEQUENCES:
-            raise InvalidRequest(f"prompts x n is {sum(s.n for s in samplings)}; at most {MAX_SEQUENCES} are allowed in one request", "n")
+        check_num_sequences(sum(s.n for s in samplings))
         base = self.engine.free_id(ctx.request_id)
         sequences: list[SequenceState] = []
         requests: list[AddRequest] = []
@@ -316,6 +315,12 @@ class GenerationService:
         """For a request that brings none: from the node's own seed and the request's id, so that P and D of a pair draw the same."""
         text = f"{self.config.runtime.seed}/{ctx.request_id}/{number}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def check_num_sequences(count: int) -> None:
+    """``count``: prompts x n of one request. Raises InvalidRequest."""
+    if count > MAX_SEQUENCES:
+        raise InvalidRequest(f"prompts x n is {count}; at most {MAX_SEQUENCES} are allowed in one request", "n")
 
 
 def _check_stop_token_ids(sampling: SamplingParams, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from ksana_lab.protocol.generate import finite
 from ksana_lab.protocol.openai import ChatBody, CompletionBody, chat_reader, completion_reader, flatten_messages
 from ksana_lab.server.context import RequestContext
 from ksana_lab.server.endpoint import EVENT_STREAM, DisconnectWatch, Response, error_json
-from ksana_lab.server.generation import Delta, Generation, GenerationService, SequenceState, TextOptions
+from ksana_lab.server.generation import Delta, Generation, GenerationService, SequenceState, TextOptions, check_num_sequences
 from ksana_lab.server.tokenizing import Tokenizer
 from ksana_lab.types import TokenLogprob
 
@@ -81,16 +81,19 @@ class CompletionEndpoint(_OpenAIEndpoint):
 
     async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
         request = self._reader.read(body)
-        prompts = [await self._prompt(request, prompt) for prompt in request.prompts()]
-        await self._answer(ctx, request, prompts, COMPLETION, response, watch)
+        prompts = request.prompts()
+        check_num_sequences(len(prompts) * (request.n or 1))  # before the work of tokenising them
+        await self._answer(ctx, request, await self._tokenized(request, prompts), COMPLETION, response, watch)
 
-    async def _prompt(self, request: CompletionBody, prompt: str | list[int]) -> Prompt:
+    async def _tokenized(self, request: CompletionBody, prompts: list[str] | list[list[int]]) -> list[Prompt]:
         tokenizer = self._service.tokenizer
-        if isinstance(prompt, list):
-            return Prompt(prompt, _echo_of(prompt, tokenizer) if request.echo else "")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [Prompt(ids, _echo_of(ids, tokenizer) if request.echo else "") for ids in prompts if isinstance(ids, list)]
         default = self._service.config.tokenizer.add_special_tokens
         special = default if request.add_special_tokens is None else request.add_special_tokens
-        return Prompt(await tokenizer.encode_async(prompt, add_special_tokens=special), prompt if request.echo else "")
+        encoded = await tokenizer.encode_all_async(texts, add_special_tokens=special)
+        return [Prompt(ids, text if request.echo else "") for ids, text in zip(encoded, texts, strict=True)]
 
 
 class ChatEndpoint(_OpenAIEndpoint):

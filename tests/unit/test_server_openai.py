@@ -306,6 +306,19 @@ async def test_a_bad_or_unsupported_field_is_a_400_that_names_it(node, path, bod
     assert (param or "messages") in error["message"] and not node.engine.of(AddRequest)
 
 
+@pytest.mark.parametrize("body", [{"prompt": ["x"] * 1025}, {"prompt": ["x"] * 9, "n": 128}])
+async def test_too_many_prompts_are_refused_before_any_is_tokenised(node, monkeypatch, body):
+    monkeypatch.setattr(node.server._tokenizer, "encode_all_async", None)
+    error = (await post(node, COMPLETIONS, body, status=400))["error"]
+    assert error["param"] == "n" and "at most 1024" in error["message"]
+
+
+async def test_many_short_prompts_are_tokenised_together_as_each_alone(node):
+    texts = [f"the fox {i}" for i in range(300)]
+    await post(node, COMPLETIONS, {"prompt": texts, "max_tokens": 1})
+    assert [a.prompt_token_ids for a in node.engine.of(AddRequest)] == [node.server._tokenizer.encode(t) for t in texts]
+
+
 async def test_more_tokens_than_fit_is_said_with_the_number_that_does(node):
     error = (await post(node, COMPLETIONS, {"prompt": [1] * 200, "max_tokens": 57}, status=400))["error"]
     assert error["type"] == "context_length_exceeded" and "56" in error["message"]
