@@ -183,7 +183,9 @@ class NodeServer:
             Route("/stop_profile", self._stop_profile, methods=["POST"]),
             *(Route(path, route, methods=["POST"]) for path, route in self._generating.items()),  # for 405
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
+        app.router.redirect_slashes = False  # a redirect names this node, and would lead a router's client past the router
+        return app
 
     async def _health(self, request: Request) -> HttpResponse:
         await self._refresh_status()

@@ -343,6 +343,13 @@ async def test_wrong_method_and_path_are_json_too(node):
     assert response.status_code == 404 and response.json()["error"]["code"] == 404
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/generate", "/health"])
+async def test_a_slash_at_the_end_is_another_path_and_not_sent_on(node, path):
+    response = await node.client.request("GET" if path == "/health" else "POST", path + "/")
+    assert response.status_code == 404 and "location" not in response.headers
+    assert response.json()["error"]["code"] == 404
+
+
 async def test_request_id_is_echoed_and_used(node):
     response = await node.client.post(COMPLETIONS, json={"prompt": [1], "max_tokens": 1}, headers={"x-request-id": "abc-1"})
     assert response.headers["x-request-id"] == "abc-1" and response.json()["id"] == "cmpl-abc-1"
