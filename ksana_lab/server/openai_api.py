@@ -105,14 +105,14 @@ class ChatEndpoint(_OpenAIEndpoint):
 
     async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
         request = self._reader.read(body)
-        await self._answer(ctx, request, [await self._prompt(request)], CHAT, response, watch)
+        await self._answer(ctx, request, [await self._prompt(ctx, request)], CHAT, response, watch)
 
-    async def _prompt(self, request: ChatBody) -> Prompt:
-        variables = request.chat_template_kwargs or {}
-        if taken := {"messages", "add_generation_prompt"} & variables.keys():
-            raise InvalidRequest(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}", "chat_template_kwargs")
+    async def _prompt(self, ctx: RequestContext, request: ChatBody) -> Prompt:
         text = self._service.tokenizer.render_chat(
-            flatten_messages(request.messages), add_generation_prompt=request.add_generation_prompt is not False, **variables
+            flatten_messages(request.messages),
+            request.chat_template_kwargs,
+            created_s=ctx.created,
+            add_generation_prompt=request.add_generation_prompt is not False,
         )
         return Prompt(await self._service.tokenizer.encode_async(text, add_special_tokens=bool(request.add_special_tokens)))
 

@@ -12,9 +12,9 @@ import asyncio
 import codecs
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,17 +83,27 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        created_s: int,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``, the template writes its own.
 
-        Raises InvalidRequest when there is no template or the template refuses the messages."""
+        ``variables``: what else the template may read. ``created_s``: what the template takes for now, unix time, shown in UTC: the nodes
+        of a pair must come to the same text, whatever their clocks and time zones. Raises InvalidRequest when there is no template, a
+        variable has a name of ours, or the template refuses the messages."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions with a ready prompt", "messages")
+        own = {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": _clock_at(created_s)}
+        if taken := {*own, "self"} & (variables or {}).keys():
+            raise InvalidRequest(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}", "chat_template_kwargs")
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **{**self._template_tokens, **variables}
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            return self._template.render({**self._template_tokens, **(variables or {}), **own})
+        except Exception as error:  # whatever a template's own arithmetic may come to
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
 
     # ---- ids to text -------------------------------------------------------------------------------------------------
@@ -344,13 +354,19 @@ def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)  # unlike jinja2's own, no HTML escapes
 
 
+def _clock_at(created_s: int) -> Callable[[str], str]:
+    """``strftime_now`` of a request."""
+    return lambda form: datetime.fromtimestamp(created_s, timezone.utc).strftime(form)
+
+
 def compile_template(source: str) -> jinja2.Template:
-    """A chat template with what Hugging Face's give it: sandboxed, blocks trimmed, ``raise_exception``, ``strftime_now``, plain ``tojson``.
+    """A chat template with what Hugging Face's give it: sandboxed, blocks trimmed, ``raise_exception``, plain ``tojson``. Each
+    request brings its ``strftime_now``.
 
     Raises CheckpointError for a template that does not parse."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    environment.globals.update(raise_exception=_raise_exception)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -297,6 +297,7 @@ async def test_top_k_minus_one_is_off_and_null_is_the_default(node):
         (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"messages": HELLO, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
         (CHAT, {"messages": HELLO, "stream_options": {"include_usage": "yes"}}, "stream_options"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Ids to text exactly as the tokenizer's own full decode, token by token; stop strings across tokens; chat templates as elsewhere."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -187,13 +188,38 @@ def test_chat_templates_render_as_transformers_does(tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " é <b> "}, {"role": "assistant", "content": "y"}]
     oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     expected = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert Tokenizer.load(tmp_path).render_chat(messages, enable_thinking=False) == expected
+    assert Tokenizer.load(tmp_path).render_chat(messages, {"enable_thinking": False}, created_s=0) == expected
 
 
 def test_a_template_that_refuses_is_the_requests_fault(tmp_path):
     write_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}])
+        Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}], created_s=0)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages.x.y.z }}", "{{ range(10 ** 9) }}", "{{ strftime_now('%Y') }}"])
+def test_a_template_that_fails_is_the_requests_fault_too(tmp_path, template):
+    write_tokenizer(tmp_path, chat_template=template)
+    with pytest.raises(InvalidRequest, match="refuses these messages"):
+        Tokenizer.load(tmp_path).render_chat([], created_s=10**12 - 1)  # the year 33658
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/Los_Angeles"])
+def test_what_a_template_takes_for_now_is_the_requests_time_in_any_time_zone(tmp_path, monkeypatch, zone):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    template = "{% macro today() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}Today Date: {{ today() }}"
+    write_tokenizer(tmp_path, chat_template=template)
+    assert Tokenizer.load(tmp_path).render_chat([], created_s=1735689540) == "Today Date: 31 Dec 2024 23:59"
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize("name", ["self", "messages", "add_generation_prompt", "strftime_now"])
+def test_a_variable_with_a_name_of_ours_is_the_requests_fault(tmp_path, name):
+    write_tokenizer(tmp_path)
+    with pytest.raises(InvalidRequest, match=f"cannot set {name}"):
+        Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}], {name: 1}, created_s=0)
 
 
 def test_a_directory_without_tokenizer_json_is_converted(tmp_path):
