@@ -29,7 +29,7 @@ import psutil
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.ports import PortPool, is_this_host
 from ksana_lab.cluster.process import ChildProcess, Spawner, wait_for_end, wait_until
-from ksana_lab.cluster.topology import NodeSpec, Plan, RouterSpec, plan
+from ksana_lab.cluster.topology import NodeSpec, Plan, RouterSpec, plan, refuse_contradictions
 from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.config.environment import child_environment, visible_gpus
 from ksana_lab.errors import ConfigError, KsanaLabError, ProcessDied
@@ -105,6 +105,7 @@ class Cluster:
 
         Raises ConfigError."""
         config = ClusterConfig.from_yaml(path, overrides=overrides, model_dir=None if model_dir is None else str(model_dir))
+        refuse_contradictions(config, str(path))
         return cls(config, source=str(path), **options)
 
     def _lay_out(self, trace_dir: str | Path | None, source: str) -> Plan:

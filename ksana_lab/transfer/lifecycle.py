@@ -397,7 +397,13 @@ class DecodeLedger:
             self._effects.to_peer(
                 entry.session,
                 wire.Announce(
-                    entry.session, plan.key, entry.window, list(plan.block_table), plan.num_tokens, plan.num_cached_tokens, entry.prompt_hash
+                    entry.session,
+                    plan.key,
+                    entry.window,
+                    list(plan.block_table),
+                    plan.num_tokens,
+                    plan.num_cached_tokens,
+                    entry.prompt_hash,
                 ),
             )
 
