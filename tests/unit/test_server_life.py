@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
-from server_fakes import parse_events, running_node
+from server_fakes import node_config, parse_events, running_node, write_tokenizer
 
 from ksana_lab.protocol.engine import AbortRequest, AddRequest, EngineFailed, SequenceUpdate, Shutdown, StepUpdates
 from ksana_lab.server import engine_client
+from ksana_lab.server.app import serve
 from ksana_lab.types import FinishReason
 
 COMPLETIONS = "/v1/completions"
@@ -123,6 +124,13 @@ async def test_an_engine_that_says_it_failed_is_believed(node):
     node.engine.send(EngineFailed("self-check failed"))
     last = (await asyncio.wait_for(request, 5)).content.split(b"\0")[-2]
     assert b'"error"' in last and b"self-check failed" in last
+
+
+def test_a_node_that_cannot_trace_is_not_started(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
+    config = node_config(write_tokenizer(tmp_path), runtime={"trace_dir": "/proc/x"})
+    assert serve(config, "127.0.0.1", 0, f"ipc://{tmp_path}/api", lambda: None) == 2
+    assert "ksana_lab.trace_dir /proc/x cannot be written" in caplog.text
 
 
 async def test_a_node_that_is_loading_says_so(tmp_path):
