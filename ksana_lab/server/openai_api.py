@@ -232,11 +232,11 @@ class LogprobWriter:
         self._num_passed, self._offset = 0, 0  # tokens, and the characters they are spelled with
 
     def completion(self, sequence: SequenceState, start: int, logprobs: Sequence[TokenLogprob | None]) -> Json:
-        """Four parallel lists, one entry per token. Offsets count each token's own spelling."""
+        """Four parallel lists, one entry per token. Offsets count each token's own text."""
         self._pass(sequence.token_ids[self._num_passed : start])  # a decode node does not write token 1, but counts it
         token_ids = sequence.token_ids[start : start + len(logprobs)]
         return {
-            "tokens": [self._tokenizer.token_text(i) for i in token_ids],
+            "tokens": [_spelling(self._tokenizer.token_bytes(i)) for i in token_ids],
             "token_logprobs": [None if p is None else finite(p.logprob) for p in logprobs],
             "top_logprobs": [None if p is None else self._top_by_text(p) for p in logprobs],
             "text_offset": self._pass(token_ids),
@@ -256,8 +256,11 @@ class LogprobWriter:
         return offsets
 
     def _top_by_text(self, position: TokenLogprob) -> dict[str, float]:
-        pairs = ((position.token_id, position.logprob), *position.top[: self._num_top])
-        return {self._tokenizer.token_text(token_id): finite(logprob) for token_id, logprob in pairs}
+        """Of tokens that are spelled alike the chosen one counts, then the likeliest."""
+        shown: dict[str, float] = {}
+        for token_id, logprob in ((position.token_id, position.logprob), *position.top[: self._num_top]):
+            shown.setdefault(_spelling(self._tokenizer.token_bytes(token_id)), finite(logprob))
+        return shown
 
     def _chat_token(self, token_id: int, position: TokenLogprob | None) -> Json:
         top = [] if position is None else [self._entry(i, logprob) for i, logprob in position.top[: self._num_top]]
@@ -270,6 +273,14 @@ class LogprobWriter:
             "logprob": None if logprob is None else finite(logprob),
             "bytes": list(spelled),
         }
+
+
+def _spelling(token: bytes) -> str:
+    """Part of a character as OpenAI spells it, ``bytes:\\xe6\\x9d``; its replacement character would be that of any other part, too."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 # ---- the two shapes --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import asyncio
 import codecs
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 INLINE_CHARS = 1024  # below this, tokenising costs less than the way to a thread and back
 _CONTEXT_TOKENS = 6  # of the prompt, shown to decoders whose text depends on what came before
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of vocabularies that fall back to bytes
 
 
 class Tokenizer:
@@ -115,7 +117,10 @@ class Tokenizer:
         """What one token stands for by itself, special tokens included; b"" for an id without a token."""
         if self._bytes_of is not None:
             return self._bytes_of(token_id)
-        return self.decode([token_id], skip_special_tokens=False).encode()
+        text = self.decode([token_id], skip_special_tokens=False)
+        if text == _REPLACEMENT and (byte := _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "")):
+            return bytes.fromhex(byte[1])
+        return text.encode()
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")

@@ -1,6 +1,7 @@
 """/v1/completions and /v1/chat/completions over real HTTP: what real clients send, what they get, and errors by name."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
@@ -8,6 +9,8 @@ from server_fakes import expected_tokens, running_node
 
 from ksana_lab.core.scheduler import STOPPED_BY_CALLER
 from ksana_lab.protocol.engine import AbortRequest, AddRequest
+from ksana_lab.server.openai_api import LogprobWriter
+from ksana_lab.types import TokenLogprob
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -117,6 +120,28 @@ async def test_completion_logprobs_are_four_parallel_lists(node):
     events = await node.events(COMPLETIONS, {**body, "stream": True})
     streamed = [e["choices"][0]["logprobs"] for e in events[:-1]]
     assert {key: [x for part in streamed for x in part[key]] for key in logprobs} == logprobs
+
+
+async def test_parts_of_a_character_are_spelled_apart_in_completion_logprobs(node):
+    spelled = node.server._tokenizer.token_bytes
+    half = next(i for i in range(500) if _is_part(spelled(i)) and _is_part(spelled(i + 1)))
+    node.engine.script = [half]
+    logprobs = (await post(node, COMPLETIONS, {"prompt": [3], "max_tokens": 1, "logprobs": 2}))["choices"][0]["logprobs"]
+    names = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled(i)) for i in (half, half + 1)]
+    assert logprobs["tokens"] == names[:1] and logprobs["text_offset"] == [0]
+    assert logprobs["top_logprobs"] == [{names[0]: -0.5, names[1]: -1.5}]
+
+
+def _is_part(token: bytes) -> bool:
+    return token.decode("utf-8", "ignore") == ""
+
+
+def test_of_tokens_spelled_alike_the_chosen_one_counts():
+    tokenizer = SimpleNamespace(token_bytes=lambda i: b"a" if i < 3 else b"b", token_text=lambda i: "a")
+    sequence = SimpleNamespace(token_ids=[1])
+    top = ((2, -0.1), (1, -0.7), (4, -1.0), (3, -2.0))
+    logprobs = LogprobWriter(tokenizer, 4).completion(sequence, 0, [TokenLogprob(1, -0.7, top)])
+    assert logprobs["top_logprobs"] == [{"a": -0.7, "b": -1.0}]
 
 
 @pytest.mark.parametrize("stream", [False, True])

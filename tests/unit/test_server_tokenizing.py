@@ -68,6 +68,11 @@ def test_window_decoding_of_other_decoders_joins_to_the_full_decode(parts):
     assert text == backend.decode(ids)
 
 
+def test_a_byte_token_of_any_vocabulary_is_its_byte():
+    tokenizer = Tokenizer(sentencepiece_like(), {}, None, [])
+    assert [tokenizer.token_bytes(4 + byte) for byte in (0x0A, 0xE6, 0x9D)] == [b"\n", b"\xe6", b"\x9d"]
+
+
 def test_window_decoding_keeps_the_space_after_the_prompt():
     detokenizer = Tokenizer(sentencepiece_like(), {}, None, []).detokenizer(prompt_token_ids=[0])
     assert detokenizer.push(1) == " fox"
