@@ -118,6 +118,30 @@ async def test_a_dead_engine_fails_streams_and_plain_requests_at_once_and_the_no
     assert "out of memory" in node.server.engine.failure
 
 
+ASSERTED = "torch.AcceleratorError: CUDA error: device-side assert triggered"
+TRACEBACK = f"""Traceback (most recent call last):
+  File "a.py", line 1, in run
+    step()
+  File "b.py", line 2, in step
+    kernel()
+{ASSERTED}
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (TRACEBACK, ASSERTED),
+        (f"its process ended\nINFO starting\n{TRACEBACK}", f"its process ended: {ASSERTED}"),
+        ("its process ended\nINFO starting", "its process ended"),
+        ("EngineDead: rank 1 is gone", "EngineDead: rank 1 is gone"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_client_hears_of_a_dead_engine_in_one_line_that_says_why(failure, line):
+    assert engine_client.gist_of(failure) == line
+
+
 async def test_an_engine_that_says_it_failed_is_believed(node):
     request = asyncio.create_task(node.client.post("/generate", json={"input_tokens": [1]}))
     await node.engine.wait_for(AddRequest)
