@@ -24,6 +24,7 @@ from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.types import FinishReason, SamplingParams, TokenLogprob
 
 MAX_SEQUENCES = 1024  # prompts x n of one request
+MAX_STOP_TOKEN_IDS = 1024  # looked through at every token
 _SEED_BITS = 63
 
 MakeSampling = Callable[[int], SamplingParams]  # from the number of tokens that fit behind a prompt
@@ -325,6 +326,10 @@ def check_num_sequences(count: int) -> None:
 
 def _check_stop_token_ids(sampling: SamplingParams, vocab_size: int) -> None:
     """An id that no token has would stop nothing, and in the engine it would have to fit a tensor. Raises InvalidRequest."""
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", "stop_token_ids"
+        )
     strange = next((i for i in sampling.stop_token_ids if not 0 <= i < vocab_size), None)
     if strange is not None:
         raise InvalidRequest(f"stop_token_ids must be in 0..{vocab_size - 1}, this model's vocabulary, got {strange}", "stop_token_ids")

@@ -308,6 +308,7 @@ async def test_top_k_minus_one_is_off_and_null_is_the_default(node):
         (COMPLETIONS, {"prompt": [1], "stop": [""]}, "stop"),
         (COMPLETIONS, {"prompt": [1], "stop_token_ids": [515]}, "stop_token_ids"),
         (COMPLETIONS, {"prompt": [1], "stop_token_ids": [3, -1]}, "stop_token_ids"),
+        (COMPLETIONS, {"prompt": [1], "stop_token_ids": [3] * 1025}, "stop_token_ids"),
         (COMPLETIONS, {"prompt": [1], "stop_token_ids": [2**64 - 1], "min_tokens": 1}, "stop_token_ids"),
         (COMPLETIONS, {"prompt": [1], "best_of": 3}, "best_of"),
         (COMPLETIONS, {"prompt": [1], "logit_bias": {"5": 1}}, "logit_bias"),
