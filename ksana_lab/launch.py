@@ -31,6 +31,7 @@ from ksana_lab.config import ksana_yaml, yaml_file
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import drop_proxies, engine_environment, has_cuda_graphs, require_variables, visible_gpus
 from ksana_lab.config.ksana_yaml import LoadedConfig
+from ksana_lab.config.overrides import leaves, put
 from ksana_lab.config.router import RouterConfig
 from ksana_lab.config.validate import build
 from ksana_lab.errors import CheckpointError, ConfigError, KsanaLabError
@@ -85,7 +86,7 @@ def _run_router(args: argparse.Namespace) -> int:
         return 0
     if config.port == 0:
         config = config.model_copy(update={"port": _free_port(config.host)})
-    checks.refuse([checks.port_is_free(config.host, config.port, "router port")])
+    checks.refuse(checks.router_preflight(config))
     _start_as("router")
     from ksana_lab.router.app import serve
 
@@ -98,7 +99,7 @@ def _router_config(args: argparse.Namespace) -> RouterConfig:
     names = ("host", "port", "policy", "cluster_name", "database_url", "heartbeat_timeout_s")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.trace is not None:
-        options["trace_dir"] = os.path.abspath(args.trace)
+        options["trace_dir"] = os.path.abspath(os.path.expanduser(args.trace))
     if args.config is None:
         return build(RouterConfig, options, "command line")
     config, warnings = RouterConfig.from_file(args.config, options)
@@ -217,16 +218,25 @@ def _exit_on_sigterm(*_: object) -> NoReturn:
 
 
 def _load_node(args: argparse.Namespace) -> LoadedConfig:
-    overrides = list(args.set)
-    if args.model_dir is not None:
-        overrides.append(f"{ksana_yaml.MODEL_DIR}={args.model_dir}")
-    if args.tokenizer_path is not None:
-        overrides.append(f"ksana_lab.tokenizer_dir={args.tokenizer_path}")
-    if args.trace is not None:
-        overrides.append(f"ksana_lab.trace_dir={os.path.abspath(args.trace)}")
+    """The file, then ``--set``, then the options, whose directories are no YAML: ``a #b`` and ``123`` are names."""
+    source = str(args.config_file)
+    tree = ksana_yaml.apply_overrides(yaml_file.read(args.config_file), args.set)
+    said = {key: value for key, name in _DIRECTORIES.items() if (value := getattr(args, name)) is not None}
+    for key in said:
+        put(tree, key, None)  # what it replaces may hold a placeholder that nobody fills
     given = {"ROUTER_IP": args.router_ip, "PREFILL_IP": args.prefill_ip, "DECODE_IP": args.decode_ip, "MODEL_DIR": args.model_dir}
-    values = {name: value for name, value in given.items() if value is not None}
-    return ksana_yaml.load(args.config_file, overrides=overrides, substitutions=values)
+    tree = ksana_yaml.substitute(tree, {name: value for name, value in given.items() if value is not None}, source)
+    for key, directory in {**dict(leaves(tree)), **said}.items():
+        if key in _DIRECTORIES and isinstance(directory, str):
+            put(tree, key, os.path.expanduser(directory))
+    return ksana_yaml.translate(tree, source)
+
+
+_DIRECTORIES = {  # key -> the option that says it
+    tuple(ksana_yaml.MODEL_DIR.split(".")): "model_dir",
+    ("ksana_lab", "tokenizer_dir"): "tokenizer_path",
+    ("ksana_lab", "trace_dir"): "trace",
+}
 
 
 def _check_role(role: Role, config: EngineConfig, path: str) -> None:

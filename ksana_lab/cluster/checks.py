@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,6 +30,7 @@ from ksana_lab.config.environment import (
     missing_variables,
     visible_gpus,
 )
+from ksana_lab.config.router import RouterConfig
 from ksana_lab.errors import ConfigError
 from ksana_lab.tracing import nsight
 from ksana_lab.types import NodeAddr, Role
@@ -132,6 +134,14 @@ def coordinator_is_bindable(config: EngineConfig) -> Finding:
     return port_is_free(address.host, address.port, "coordinator port")
 
 
+def ports_differ(host: str, port: int, config: EngineConfig) -> Finding:
+    """Two servers of one node cannot have one port; while neither listens, each finds it free."""
+    address = config.connector.coordinator_addr
+    if address is None or address.port != port or not (host == address.host or ports.is_wildcard(host) or ports.is_wildcard(address.host)):
+        return ok("HTTP and coordinator have ports of their own")
+    return error(f"connector.coordinator_addr {address} has the port of the HTTP server", "give one of them another port")
+
+
 def _is_here(host: str) -> bool:
     try:
         return ports.is_this_host(host)
@@ -147,6 +157,27 @@ def addresses() -> list[str]:
 
 def _own_address() -> str:
     return addresses()[0]
+
+
+# ---- directories -----------------------------------------------------------------------------------------------------
+
+
+def directory_is_writable(path: str | Path, what: str) -> Finding:
+    """Tried, for permissions do not tell: a file in it, or where it is absent a directory in the nearest one above. Leaves nothing behind.
+
+    ``what``: the key or option that names it."""
+    directory = Path(path).absolute()
+    above = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above) if above == directory else tempfile.TemporaryDirectory(dir=above):
+            return ok(f"{what} {path} can be written")
+    except OSError as fault:
+        return error(f"{what} {path} cannot be written: {fault.strerror or fault}", "name a directory that this user may write")
+
+
+def trace_dir(path: str | None) -> list[Finding]:
+    """Nothing to say of a process that does not trace."""
+    return [] if path is None else [directory_is_writable(path, "ksana_lab.trace_dir (--trace)")]
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -370,18 +401,24 @@ def nsys(*, trial: bool = False, has_gpu: bool = False) -> Finding:
 
 def node_preflight(config: EngineConfig, host: str, port: int, visible: int) -> list[Finding]:
     """Everything that would stop this node, before it starts."""
-    sockets = [port_is_free(host, port, "HTTP port"), coordinator_is_bindable(config)]
+    sockets = [port_is_free(host, port, "HTTP port"), coordinator_is_bindable(config), ports_differ(host, port, config)]
     return [port_agrees(port, config), host_covers(host, config), *sockets, *_resources(config, visible)]
 
 
 def _resources(config: EngineConfig, visible: int) -> list[Finding]:
-    return [model_dir(config.model.model_dir), heads_divide(config), gpus(config, visible), transfer_package(config)]
+    files = [model_dir(config.model.model_dir), *trace_dir(config.runtime.trace_dir)]
+    return [*files, heads_divide(config), gpus(config, visible), transfer_package(config)]
+
+
+def router_preflight(config: RouterConfig) -> list[Finding]:
+    """Everything that would stop the router, before it starts."""
+    return [port_is_free(config.host, config.port, "router port"), *trace_dir(config.trace_dir)]
 
 
 def process_preflight(spec: RouterSpec | NodeSpec, visible: int) -> list[Finding]:
     """Everything that would stop one process of a plan on this host."""
     if isinstance(spec, RouterSpec):
-        return [port_is_free(spec.host, spec.config.port, "router port")]
+        return router_preflight(spec.config)
     return node_preflight(spec.config, spec.host, spec.inference_addr.port, visible)
 
 

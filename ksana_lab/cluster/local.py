@@ -29,7 +29,7 @@ import psutil
 from ksana_lab.cluster import checks
 from ksana_lab.cluster.ports import PortPool, is_this_host
 from ksana_lab.cluster.process import ChildProcess, Spawner, wait_for_end, wait_until
-from ksana_lab.cluster.topology import NodeSpec, Plan, RouterSpec, plan
+from ksana_lab.cluster.topology import NodeSpec, Plan, RouterSpec, plan, refuse_contradictions
 from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.config.environment import child_environment, visible_gpus
 from ksana_lab.errors import ConfigError, KsanaLabError, ProcessDied
@@ -76,6 +76,7 @@ class Cluster:
         ``only``: start just these processes. ``program``: what a process's arguments are given to.
         ``nsys``: run the nodes under Nsight Systems, with reports in ``trace_dir``. Raises ConfigError."""
         self.config = config
+        trace_dir = None if trace_dir is None else Path(trace_dir).expanduser()
         self._program = tuple(program)
         self._nsys = _nsys_sessions(trace_dir) if nsys else None
         self._ports = PortPool()
@@ -85,7 +86,7 @@ class Cluster:
             self._ports.close()
             raise
         self._only = self._checked_only(only)
-        self._log_dir = Path(log_dir) if log_dir is not None else None
+        self._log_dir = Path(log_dir).expanduser() if log_dir is not None else None
         self._run_dir: Path | None = None
         self._spawner: Spawner | None = None
         self._children: dict[str, ChildProcess] = {}
@@ -105,6 +106,7 @@ class Cluster:
 
         Raises ConfigError."""
         config = ClusterConfig.from_yaml(path, overrides=overrides, model_dir=None if model_dir is None else str(model_dir))
+        refuse_contradictions(config, str(path))
         return cls(config, source=str(path), **options)
 
     def _lay_out(self, trace_dir: str | Path | None, source: str) -> Plan:
@@ -173,6 +175,8 @@ class Cluster:
         for process in self._mine():
             for finding in checks.process_preflight(process, visible):
                 found[finding].append(process.name)
+        if self._log_dir is not None:
+            found[checks.directory_is_writable(self._log_dir, "log_dir (--log-dir)")].append("cluster")
         return [finding._replace(text=f"{', '.join(names)}: {finding.text}") for finding, names in found.items()]
 
     def _mine(self) -> list[RouterSpec | NodeSpec]:
@@ -190,7 +194,10 @@ class Cluster:
         config_path = self._run_dir / f"{spec.name}.yaml"
         config_path.write_text(spec.config_text(), encoding="utf-8")
         log_dir = self._log_dir or self._run_dir
-        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"log_dir {log_dir} cannot be made: {error.strerror or error}") from None
         variables = {RUN_DIR_VARIABLE: str(self._run_dir)}
         nsys = self._nsys if isinstance(spec, NodeSpec) else None
         for _attempt in range(_NSYS_ATTEMPTS if nsys else 1):

@@ -135,6 +135,19 @@ def plan(
     return _Planner(cluster, _Ports(choose_port), num_gpus, trace_dir, source).plan(num_cores)
 
 
+def refuse_contradictions(cluster: ClusterConfig, source: str) -> None:
+    """A size or GPUs given in the words of a group and, otherwise, in KsanaLLM's: the group's would win without a word. Over a
+    ``config_file`` they may. Raises ConfigError."""
+    for name, group in cluster.nodes.items():
+        size, said = group.tensor_parallel_size, _get(_settings(cluster, group), _TP_SIZE)
+        where = f"{source}: nodes.{name}"
+        if size is not None and said not in (None, size):
+            advice = f"leave one of them out, or --set nodes.{name}.tensor_parallel_size={said}"
+            raise ConfigError(f"{where}: tensor_parallel_size is {size} but global.tensor_para_size is {said}; {advice}")
+        if group.device_ids and (gpus := _get(_settings(cluster, group), ("ksana_lab", "device_ids"))):
+            raise ConfigError(f"{where}: its device_ids are given, and ksana_lab.device_ids {list(gpus)}; leave one of them out")
+
+
 class _Planner:
     """What is decided while a cluster is laid out: explicit ports and GPUs first, then the chosen ones around them."""
 
@@ -147,6 +160,7 @@ class _Planner:
         router = self._router()
         for name, group in self._cluster.nodes.items():
             self._claim_given(name, group)
+            self._refuse_own_keys(name, group)
         nodes: list[NodeSpec] = []
         for name, group in self._cluster.nodes.items():
             base = self._group_tree(group)
@@ -168,6 +182,14 @@ class _Planner:
             if group.device_ids:
                 self._gpus.claim(host, node, group.device_ids[index])
 
+    def _refuse_own_keys(self, name: str, group: NodeGroup) -> None:
+        """What the cluster works out itself may stand in a ``config_file``, which was made for one node, but not be asked for."""
+        asked = dict(leaves(_settings(self._cluster, group)))
+        for key, instead in _OWN_KEYS.items():
+            if asked.get(("setting", "connector", key)) is not None:
+                advice = instead.format(group=f"nodes.{name}")
+                raise ConfigError(f"{self._source}: nodes.{name}: connector.{key} is worked out for every node; give {advice} instead")
+
     def _host(self, group: NodeGroup, index: int) -> str:
         if not group.hosts:
             return self._cluster.host
@@ -178,8 +200,7 @@ class _Planner:
         tree: dict[str, Any] = {}
         if group.config_file is not None:
             tree = yaml_file.read(Path(self._cluster.base_dir) / group.config_file)
-        for layer in (self._cluster, group):
-            tree = merge(tree, {"setting": layer.setting, "ksana_lab": layer.ksana_lab})
+        tree = merge(tree, _settings(self._cluster, group))
         model_dir = group.model_dir or self._cluster.model_dir
         if model_dir is not None:
             put(tree, tuple(ksana_yaml.MODEL_DIR.split(".")), os.path.abspath(os.path.expanduser(model_dir)))
@@ -220,6 +241,18 @@ class _Planner:
 
 
 _TP_SIZE = ("setting", "global", "tensor_para_size")
+_OWN_KEYS = {  # of setting.connector: where to say it instead
+    "group_role": "{group}.role",
+    "router_addr": "router.host and router.port",
+    "inference_addr": "{group}.hosts and {group}.ports",
+    "coordinator_addr": "{group}.hosts and {group}.coordinator_ports",
+    "cluster_name": "router.cluster_name",
+}
+
+
+def _settings(cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
+    """The cluster's, and the group's over them."""
+    return merge({"setting": cluster.setting, "ksana_lab": cluster.ksana_lab}, {"setting": group.setting, "ksana_lab": group.ksana_lab})
 
 
 def _get(tree: dict[str, Any], path: tuple[str, ...]) -> Any:

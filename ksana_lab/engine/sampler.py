@@ -109,8 +109,8 @@ class SamplingTable:
         self._seed[row] = seed & 0xFFFFFFFFFFFFFFFF
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._num_prompt[row] = num_prompt_tokens
-        masked = np.asarray(masked_token_ids, np.int64)
-        self._masked[row] = masked = masked[(masked >= 0) & (masked < self.vocab_size)]
+        # Before numpy sees them: an id beyond int64, of a checkpoint's configuration, would end every request of this engine.
+        self._masked[row] = masked = np.array([i for i in masked_token_ids if 0 <= i < self.vocab_size], np.int64)
         self._min_tokens[row] = params.min_tokens if masked.size else 0
         self._penalty[row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._is_filtered[row] = not is_greedy and (0 < params.top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0)
@@ -235,5 +235,5 @@ def _splitmix64(z: np.ndarray) -> np.ndarray:
 
 def _pick_logprobs(logprobs: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-    top, ids = logprobs.topk(num_top, dim=-1)
+    top, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
     return Logprobs(chosen, ids, top)

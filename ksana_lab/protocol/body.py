@@ -85,9 +85,11 @@ def _name_the_field(error: msgspec.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{path}: {message}" if path else message, param)
 
 
-def refused(error: ValueError) -> InvalidRequest:
-    """SamplingParams puts the field's name first."""
-    return InvalidRequest(str(error), str(error).split()[0])
+def refused(error: ValueError, names: Mapping[str, str] | None = None) -> InvalidRequest:
+    """SamplingParams puts the field's name first. ``names``: what a body calls those that have another name there."""
+    rule, got, value = str(error).rpartition(", got ")
+    rule = re.sub(r"\w+", lambda word: (names or {}).get(word[0], word[0]), rule)
+    return InvalidRequest(rule + got + value, rule.split()[0])
 
 
 def checked_stop(name: str, stop: str | list[str] | None) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from ksana_lab.types import SamplingParams, TokenLogprob
 
 DELIMITER = b"\0"  # ends every object of a stream
 MAX_TOPK = 1024
+_NAMES = {"max_tokens": "max_new_tokens", "top_k": "topk", "top_p": "topp", "n": "num_return_sequences"}  # of SamplingParams
 
 
 class SamplingConfig(msgspec.Struct, kw_only=True):
@@ -73,7 +74,7 @@ class SamplingConfig(msgspec.Struct, kw_only=True):
                 n=1 if self.num_return_sequences is None else self.num_return_sequences,
             )
         except ValueError as error:
-            raise refused(error) from error
+            raise refused(error, _NAMES) from error
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):

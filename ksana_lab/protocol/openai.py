@@ -91,8 +91,8 @@ class CompletionBody(_Body, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
 
-    def prompts(self) -> list[str | list[int]]:
-        """One entry per prompt, text or token ids. Raises InvalidRequest for anything else."""
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry per prompt, all text or all token ids. Raises InvalidRequest for anything else."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]

@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from ksana_lab import __version__
 from ksana_lab.config.engine import EngineConfig
-from ksana_lab.errors import CheckpointError, EngineDead, InvalidRequest, ServiceUnavailable
+from ksana_lab.errors import CheckpointError, ConfigError, EngineDead, InvalidRequest, ServiceUnavailable
 from ksana_lab.server.endpoint import Endpoint, GeneratingRoute, Receive, Scope, Send, StallWatch, error_json, retry_headers
 from ksana_lab.server.engine_client import EngineClient
 from ksana_lab.server.generate_api import GenerateEndpoint
@@ -71,11 +71,17 @@ def serve(config: EngineConfig, host: str, port: int, api_address: str, engine_a
         return EXIT_CONFIG
     sys.setswitchinterval(0.0005)  # s; tokenising and trace threads must not hold up the token path for the default 5 ms
     with listener:
-        return uvloop.run(NodeServer(config, tokenizer, api_address, engine_alive).run(listener))
+        try:
+            server = NodeServer(config, tokenizer, api_address, engine_alive)
+        except ConfigError as error:
+            log.error("%s", error)
+            tokenizer.close()
+            return EXIT_CONFIG
+        return uvloop.run(server.run(listener))
 
 
 class NodeServer:
-    """One node's HTTP server and everything behind it but the engine. ``run`` once."""
+    """One node's HTTP server and everything behind it but the engine. ``run`` once. Raises ConfigError when it cannot trace."""
 
     def __init__(
         self,
@@ -101,7 +107,10 @@ class NodeServer:
         self.registrar = Registrar(connector, self.engine) if connector.router_addr is not None else None
         self.metrics = ServerMetrics(connector.role.value)
         self.metrics.watch(self._gauges, lambda: self.engine.status)
-        self.recorder = open_recorder(config.runtime.trace_dir, f"{connector.role.value}-api")
+        try:
+            self.recorder = open_recorder(config.runtime.trace_dir, f"{connector.role.value}-api")
+        except OSError as error:
+            raise ConfigError(f"ksana_lab.trace_dir {config.runtime.trace_dir} cannot be written: {error.strerror or error}") from error
         self._service = GenerationService(config, self.engine, tokenizer, self.metrics, self.recorder)
         self._generating = self._generating_routes()
         self._control = self._control_app()
@@ -183,7 +192,9 @@ class NodeServer:
             Route("/stop_profile", self._stop_profile, methods=["POST"]),
             *(Route(path, route, methods=["POST"]) for path, route in self._generating.items()),  # for 405
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
+        app.router.redirect_slashes = False  # a redirect names this node, and would lead a router's client past the router
+        return app
 
     async def _health(self, request: Request) -> HttpResponse:
         await self._refresh_status()

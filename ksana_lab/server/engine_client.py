@@ -190,7 +190,7 @@ class EngineClient:
     def check_admission(self) -> EngineReady:
         """Raises ServiceUnavailable (no engine, or still loading) or QueueFull."""
         if self.failure is not None:
-            raise ServiceUnavailable(f"the engine of this {self._node} is gone: {_first_line(self.failure)}")
+            raise ServiceUnavailable(f"the engine of this {self._node} is gone: {gist_of(self.failure)}")
         if self.ready is None:
             raise ServiceUnavailable(f"this {self._node} is still loading its model")
         if self._num_unstarted >= self._max_num_waiting:
@@ -324,7 +324,7 @@ class EngineClient:
         for asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(EngineDead(reason))
-        self.fail_requests(ServiceUnavailable(f"the engine of this {self._node} is gone: {_first_line(reason)}"))
+        self.fail_requests(ServiceUnavailable(f"the engine of this {self._node} is gone: {gist_of(reason)}"))
         self.failed.set()
 
     def _send_or_note(self, message: ToEngine) -> None:
@@ -359,5 +359,12 @@ class EngineClient:
                 stream.fail(RequestTimeout(f"the engine sent nothing for {now_s - stream.last_news_s:.0f} s"))
 
 
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+def gist_of(failure: str) -> str:
+    """One line for clients: of a traceback the exception's first, which follows the innermost frame; else the first line."""
+    head, *lines = failure.splitlines() or [""]
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    after = lines[frames[-1] :] if frames else []
+    exception = next((line for line in after if line.strip() and not line.startswith(" ")), "")
+    if not exception:
+        return head
+    return exception if head.startswith("Traceback") else f"{head}: {exception}"

@@ -26,7 +26,7 @@ class GenerateEndpoint:
 
     async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
         request = self._reader.read(body)
-        prompt = await self._prompt(request)
+        prompt = await self._prompt(ctx, request)
         if request.debug_mode:
             log.info("request %s: %d prompt tokens, %s", ctx.request_id, len(prompt), request.config)
         options = TextOptions(skip_special_tokens=self._service.config.tokenizer.skip_special_tokens)
@@ -39,7 +39,7 @@ class GenerateEndpoint:
             else:
                 await _complete(generation, answer, response)
 
-    async def _prompt(self, request: GenerateBody) -> list[int]:
+    async def _prompt(self, ctx: RequestContext, request: GenerateBody) -> list[int]:
         if request.input_tokens is not None:
             return request.input_tokens
         if request.prompt is None:
@@ -48,7 +48,7 @@ class GenerateEndpoint:
         if not request.use_chat_template:
             return await tokenizer.encode_async(request.prompt, add_special_tokens=self._service.config.tokenizer.add_special_tokens)
         thinking = {} if request.config.enable_thinking is None else {"enable_thinking": request.config.enable_thinking}
-        text = tokenizer.render_chat(flatten_messages(request.messages()), **thinking)
+        text = tokenizer.render_chat(flatten_messages(request.messages()), thinking, created_s=ctx.created)
         return await tokenizer.encode_async(text, add_special_tokens=False)
 
     def error_body(self, error: RequestError) -> bytes:

@@ -24,6 +24,7 @@ from ksana_lab.tracing.recorder import NullRecorder
 from ksana_lab.types import FinishReason, SamplingParams, TokenLogprob
 
 MAX_SEQUENCES = 1024  # prompts x n of one request
+MAX_STOP_TOKEN_IDS = 1024  # looked through at every token
 _SEED_BITS = 63
 
 MakeSampling = Callable[[int], SamplingParams]  # from the number of tokens that fit behind a prompt
@@ -271,8 +272,9 @@ class GenerationService:
     def _begin(self, ctx: RequestContext, prompts: Sequence[list[int]], make_sampling: MakeSampling, options: TextOptions) -> Generation:
         ready = self.engine.check_admission()
         samplings = [make_sampling(self._room(ready, ctx, prompt)) for prompt in prompts]
-        if sum(s.n for s in samplings) > MAX_SEQUENCES:
-            raise InvalidRequest(f"prompts x n is {sum(s.n for s in samplings)}; at most {MAX_SEQUENCES} are allowed in one request", "n")
+        for sampling in samplings:
+            _check_stop_token_ids(sampling, ready.vocab_size)
+        check_num_sequences(sum(s.n for s in samplings))
         base = self.engine.free_id(ctx.request_id)
         sequences: list[SequenceState] = []
         requests: list[AddRequest] = []
@@ -314,3 +316,20 @@ class GenerationService:
         """For a request that brings none: from the node's own seed and the request's id, so that P and D of a pair draw the same."""
         text = f"{self.config.runtime.seed}/{ctx.request_id}/{number}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def check_num_sequences(count: int) -> None:
+    """``count``: prompts x n of one request. Raises InvalidRequest."""
+    if count > MAX_SEQUENCES:
+        raise InvalidRequest(f"prompts x n is {count}; at most {MAX_SEQUENCES} are allowed in one request", "n")
+
+
+def _check_stop_token_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """An id that no token has would stop nothing, and in the engine it would have to fit a tensor. Raises InvalidRequest."""
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", "stop_token_ids"
+        )
+    strange = next((i for i in sampling.stop_token_ids if not 0 <= i < vocab_size), None)
+    if strange is not None:
+        raise InvalidRequest(f"stop_token_ids must be in 0..{vocab_size - 1}, this model's vocabulary, got {strange}", "stop_token_ids")

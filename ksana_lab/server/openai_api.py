@@ -16,7 +16,7 @@ from ksana_lab.protocol.generate import finite
 from ksana_lab.protocol.openai import ChatBody, CompletionBody, chat_reader, completion_reader, flatten_messages
 from ksana_lab.server.context import RequestContext
 from ksana_lab.server.endpoint import EVENT_STREAM, DisconnectWatch, Response, error_json
-from ksana_lab.server.generation import Delta, Generation, GenerationService, SequenceState, TextOptions
+from ksana_lab.server.generation import Delta, Generation, GenerationService, SequenceState, TextOptions, check_num_sequences
 from ksana_lab.server.tokenizing import Tokenizer
 from ksana_lab.types import TokenLogprob
 
@@ -81,16 +81,19 @@ class CompletionEndpoint(_OpenAIEndpoint):
 
     async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
         request = self._reader.read(body)
-        prompts = [await self._prompt(request, prompt) for prompt in request.prompts()]
-        await self._answer(ctx, request, prompts, COMPLETION, response, watch)
+        prompts = request.prompts()
+        check_num_sequences(len(prompts) * (request.n or 1))  # before the work of tokenising them
+        await self._answer(ctx, request, await self._tokenized(request, prompts), COMPLETION, response, watch)
 
-    async def _prompt(self, request: CompletionBody, prompt: str | list[int]) -> Prompt:
+    async def _tokenized(self, request: CompletionBody, prompts: list[str] | list[list[int]]) -> list[Prompt]:
         tokenizer = self._service.tokenizer
-        if isinstance(prompt, list):
-            return Prompt(prompt, _echo_of(prompt, tokenizer) if request.echo else "")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [Prompt(ids, _echo_of(ids, tokenizer) if request.echo else "") for ids in prompts if isinstance(ids, list)]
         default = self._service.config.tokenizer.add_special_tokens
         special = default if request.add_special_tokens is None else request.add_special_tokens
-        return Prompt(await tokenizer.encode_async(prompt, add_special_tokens=special), prompt if request.echo else "")
+        encoded = await tokenizer.encode_all_async(texts, add_special_tokens=special)
+        return [Prompt(ids, text if request.echo else "") for ids, text in zip(encoded, texts, strict=True)]
 
 
 class ChatEndpoint(_OpenAIEndpoint):
@@ -102,14 +105,14 @@ class ChatEndpoint(_OpenAIEndpoint):
 
     async def handle(self, ctx: RequestContext, body: bytes, response: Response, watch: DisconnectWatch) -> None:
         request = self._reader.read(body)
-        await self._answer(ctx, request, [await self._prompt(request)], CHAT, response, watch)
+        await self._answer(ctx, request, [await self._prompt(ctx, request)], CHAT, response, watch)
 
-    async def _prompt(self, request: ChatBody) -> Prompt:
-        variables = request.chat_template_kwargs or {}
-        if taken := {"messages", "add_generation_prompt"} & variables.keys():
-            raise InvalidRequest(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}", "chat_template_kwargs")
+    async def _prompt(self, ctx: RequestContext, request: ChatBody) -> Prompt:
         text = self._service.tokenizer.render_chat(
-            flatten_messages(request.messages), add_generation_prompt=request.add_generation_prompt is not False, **variables
+            flatten_messages(request.messages),
+            request.chat_template_kwargs,
+            created_s=ctx.created,
+            add_generation_prompt=request.add_generation_prompt is not False,
         )
         return Prompt(await self._service.tokenizer.encode_async(text, add_special_tokens=bool(request.add_special_tokens)))
 
@@ -229,11 +232,11 @@ class LogprobWriter:
         self._num_passed, self._offset = 0, 0  # tokens, and the characters they are spelled with
 
     def completion(self, sequence: SequenceState, start: int, logprobs: Sequence[TokenLogprob | None]) -> Json:
-        """Four parallel lists, one entry per token. Offsets count each token's own spelling."""
+        """Four parallel lists, one entry per token. Offsets count each token's own text."""
         self._pass(sequence.token_ids[self._num_passed : start])  # a decode node does not write token 1, but counts it
         token_ids = sequence.token_ids[start : start + len(logprobs)]
         return {
-            "tokens": [self._tokenizer.token_text(i) for i in token_ids],
+            "tokens": [_spelling(self._tokenizer.token_bytes(i)) for i in token_ids],
             "token_logprobs": [None if p is None else finite(p.logprob) for p in logprobs],
             "top_logprobs": [None if p is None else self._top_by_text(p) for p in logprobs],
             "text_offset": self._pass(token_ids),
@@ -253,8 +256,11 @@ class LogprobWriter:
         return offsets
 
     def _top_by_text(self, position: TokenLogprob) -> dict[str, float]:
-        pairs = ((position.token_id, position.logprob), *position.top[: self._num_top])
-        return {self._tokenizer.token_text(token_id): finite(logprob) for token_id, logprob in pairs}
+        """Of tokens that are spelled alike the chosen one counts, then the likeliest."""
+        shown: dict[str, float] = {}
+        for token_id, logprob in ((position.token_id, position.logprob), *position.top[: self._num_top]):
+            shown.setdefault(_spelling(self._tokenizer.token_bytes(token_id)), finite(logprob))
+        return shown
 
     def _chat_token(self, token_id: int, position: TokenLogprob | None) -> Json:
         top = [] if position is None else [self._entry(i, logprob) for i, logprob in position.top[: self._num_top]]
@@ -267,6 +273,14 @@ class LogprobWriter:
             "logprob": None if logprob is None else finite(logprob),
             "bytes": list(spelled),
         }
+
+
+def _spelling(token: bytes) -> str:
+    """Part of a character as OpenAI spells it, ``bytes:\\xe6\\x9d``; its replacement character would be that of any other part, too."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 # ---- the two shapes --------------------------------------------------------------------------------------------------

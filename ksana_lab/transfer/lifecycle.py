@@ -53,9 +53,11 @@ class PrefillEntry:
     seq_id: int | None = None  # None = announced, its request not seen yet
     serial: int = 0
     num_tokens: int = 0  # of the prompt, as this node sees it
+    prompt_hash: bytes = b""  # of the same; b"" = not known
     session: int = 0  # 0 = not announced yet
     window: int = 0
     num_tokens_announced: int = 0
+    prompt_hash_announced: bytes = b""
     is_queued: bool = False  # D has the request, but no room yet
     first: FirstToken | None = None
     finished_ns: int | None = None  # the scheduler is done with it and holds its blocks
@@ -87,17 +89,17 @@ class PrefillLedger:
 
     # ---- this node ---------------------------------------------------------------------------------------------------
 
-    def on_local(self, key: TransferKey, seq_id: int, serial: int, num_tokens: int, now_ns: int) -> None:
+    def on_local(self, key: TransferKey, seq_id: int, serial: int, num_tokens: int, now_ns: int, prompt_hash: bytes = b"") -> None:
         """The scheduler has begun the prompt."""
         entry = self.entries.get(key)
         if entry is None:
             entry = self.entries[key] = PrefillEntry(key, now_ns)
         assert entry.seq_id is None, key
-        entry.seq_id, entry.serial, entry.num_tokens = seq_id, serial, num_tokens
+        entry.seq_id, entry.serial, entry.num_tokens, entry.prompt_hash = seq_id, serial, num_tokens, prompt_hash
         if (reason := self._exhume(key)) is not None:
             self._doom(entry, reason, now_ns)
         elif entry.session:
-            self._is_same_length(entry, now_ns)
+            self._is_same_prompt(entry, now_ns)
         else:
             self._say_begun(key)
 
@@ -173,8 +175,9 @@ class PrefillLedger:
             return
         if entry is None:
             entry = self.entries[key] = PrefillEntry(key, now_ns)
-        entry.session, entry.window, entry.num_tokens_announced = message.session, message.window, message.num_tokens
-        if not self._is_same_length(entry, now_ns):
+        entry.session, entry.window = message.session, message.window
+        entry.num_tokens_announced, entry.prompt_hash_announced = message.num_tokens, message.prompt_hash
+        if not self._is_same_prompt(entry, now_ns):
             return
         self._effects.to_ranks(
             wire.Target(key, message.session, message.window, message.blocks, message.num_tokens, message.num_cached_tokens)
@@ -231,14 +234,16 @@ class PrefillLedger:
         if session := self._session_of(key.comm_key):
             self._effects.to_peer(session, wire.Begun(session, key))
 
-    def _is_same_length(self, entry: PrefillEntry, now_ns: int) -> bool:
-        """Both sides have tokenised the same body; if they came to different lengths, nothing would ever be complete: then it is doomed."""
-        if entry.session and entry.seq_id is not None and entry.num_tokens != entry.num_tokens_announced:
-            lengths = f"{entry.num_tokens} tokens on the prefill node and {entry.num_tokens_announced} on the decode node"
-            why = f"the prompt of request {entry.key} has {lengths}; do both use the same tokenizer and chat template?"
+    def _is_same_prompt(self, entry: PrefillEntry, now_ns: int) -> bool:
+        """Both sides have tokenised the same body. Of different lengths nothing would ever be complete, of different ids D would answer
+        another prompt: then it is doomed."""
+        if not entry.session or entry.seq_id is None:
+            return True
+        difference = _difference(entry)
+        if difference:
+            why = f"the prompt of request {entry.key} has {difference}: their tokenizers or chat templates differ"
             self._doom(entry, why, now_ns)
-            return False
-        return True
+        return not difference
 
     def _send_first_token(self, entry: PrefillEntry) -> None:
         if entry.first is not None and entry.session:
@@ -278,6 +283,16 @@ class PrefillLedger:
         return None if tombstone is None else tombstone[1]
 
 
+def _difference(entry: PrefillEntry) -> str:
+    """What the two nodes' prompts do not have in common; "" when nothing is known."""
+    here, there = entry.num_tokens, entry.num_tokens_announced
+    if here != there:
+        return f"{here} tokens on the prefill node and {there} on the decode node"
+    if entry.prompt_hash and entry.prompt_hash_announced and entry.prompt_hash != entry.prompt_hash_announced:
+        return f"{here} tokens on the prefill node and others, as many, on the decode node"
+    return ""
+
+
 @dataclass(frozen=True)
 class Pair:
     """What D knows of a connected prefill node."""
@@ -293,6 +308,7 @@ class DecodeEntry:
     seq_id: int
     created_ns: int
     window: int
+    prompt_hash: bytes = b""
     session: int = 0  # 0 = its pair is not connected
     armed: set[int] = field(default_factory=set)
     received: set[int] = field(default_factory=set)
@@ -351,11 +367,11 @@ class DecodeLedger:
         if key in self._begun:
             self._say_queued(key)
 
-    def on_local(self, plan: ReceivePlan, seq_id: int, now_ns: int) -> None:
+    def on_local(self, plan: ReceivePlan, seq_id: int, now_ns: int, prompt_hash: bytes = b"") -> None:
         """Blocks are allocated: announce them as soon as the pair is connected and every rank accepts writes."""
         assert plan.key not in self.entries, plan.key
         self._forget_queued(plan.key)
-        entry = DecodeEntry(plan, seq_id, now_ns, next(self._windows))
+        entry = DecodeEntry(plan, seq_id, now_ns, next(self._windows), prompt_hash)
         self.entries[plan.key] = self.by_window[entry.window] = entry
         pair = self._pair_of(plan.key.comm_key)
         if pair is not None:
@@ -380,7 +396,15 @@ class DecodeLedger:
             plan = entry.plan
             self._effects.to_peer(
                 entry.session,
-                wire.Announce(entry.session, plan.key, entry.window, list(plan.block_table), plan.num_tokens, plan.num_cached_tokens),
+                wire.Announce(
+                    entry.session,
+                    plan.key,
+                    entry.window,
+                    list(plan.block_table),
+                    plan.num_tokens,
+                    plan.num_cached_tokens,
+                    entry.prompt_hash,
+                ),
             )
 
     def on_rank_received(self, rank: int, window: int) -> None:

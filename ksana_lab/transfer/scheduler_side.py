@@ -90,17 +90,17 @@ class KVSchedulerConnector:
             self._rejected.append(seq.seq_id)
             return
         self._by_key[key] = seq.seq_id
-        seq_id, serial, num_tokens = seq.seq_id, local.serial, seq.num_prompt_tokens
+        seq_id, serial, ids, num_tokens = seq.seq_id, local.serial, seq.prompt_token_ids, seq.num_prompt_tokens
         if self._is_prefill:
             prefill = self._coordinator.prefill
             assert prefill is not None
-            self._coordinator.post(lambda now_ns: prefill.on_local(key, seq_id, serial, num_tokens, now_ns))
+            self._coordinator.post(lambda now_ns: prefill.on_local(key, seq_id, serial, num_tokens, now_ns, wire.hash_prompt(ids)))
         else:
             decode = self._coordinator.decode
             assert decode is not None
             num_cached = seq.num_cached_tokens - seq.num_cached_tokens % self._block_size
             plan = ReceivePlan(key, self._blocks(seq, num_tokens), num_tokens, min(num_cached, num_tokens))
-            self._coordinator.post(lambda now_ns: decode.on_local(plan, seq_id, now_ns))
+            self._coordinator.post(lambda now_ns: decode.on_local(plan, seq_id, now_ns, wire.hash_prompt(ids)))
 
     def step_meta(self, out: SchedulerOutput) -> TransferMeta | None:
         if not self._is_prefill:

@@ -48,7 +48,7 @@ class Client:
         self._extra_body = dict(extra_body or {})
         self._http = HttpClient(base_url, connect_timeout_s=connect_timeout_s)
         self._headers = {"Content-Type": "application/json", **(headers or {})}
-        self._timeout_s = timeout_s
+        self._timeout_s, self._connect_timeout_s = timeout_s, connect_timeout_s
 
     async def __aenter__(self) -> Client:
         return self
@@ -85,8 +85,7 @@ class Client:
         headers = {**self._headers, "x-request-id": request_id}
         record.sent_s = time.monotonic()  # before a connection is made: a server too busy to accept one is slow, not unmeasured
         try:
-            sending = self._http.request("POST", _PATHS[self.endpoint], body, headers, on_start=reader.on_start, on_piece=reader.on_piece)
-            await asyncio.wait_for(sending, self._timeout_s)
+            await asyncio.wait_for(self._exchange(body, headers, reader), self._timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
             record.error = f"timeout: no end after {self._timeout_s:g} s"
         except _NETWORK_ERRORS as error:
@@ -94,6 +93,14 @@ class Client:
         record.finished_s = time.monotonic()
         await reader.finish()
         return record
+
+    async def _exchange(self, body: bytes, headers: dict[str, str], reader: _AnswerReader) -> None:
+        """Raises what ``HttpClient.request`` raises, and ConnectionLost for a connection that takes too long: that is no answer without
+        an end."""
+        try:
+            await self._http.request("POST", _PATHS[self.endpoint], body, headers, on_start=reader.on_start, on_piece=reader.on_piece)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise ConnectionLost(str(error) or f"none was made within {self._connect_timeout_s:g} s") from error
 
     def _openai_body(self, request: WorkloadRequest) -> dict[str, Any]:
         sampling = self.sampling

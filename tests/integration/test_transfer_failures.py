@@ -119,6 +119,20 @@ def test_prompts_of_different_length_fail_at_once():
         assert_clean(p, d)
 
 
+@pytest.mark.parametrize("first", ["p", "d"])
+def test_other_prompts_of_the_same_length_fail_at_once(first):
+    """Two tokenizers may well agree in the number of tokens; D must not answer P's prompt."""
+    with make_pair() as (p, d):
+        on_d, on_p = d.sequence(1, 16), p.sequence(1, 16)
+        on_d.prompt_token_ids[7] = 2
+        for node, seq in ((p, on_p), (d, on_d)) if first == "p" else ((d, on_d), (p, on_p)):
+            node.connector.on_allocated(seq)
+        d.wait(lambda news: on_d.seq_id in news.failed, "failure")
+        assert "tokenizers or chat templates differ" in d.news.failed[on_d.seq_id]
+        p.wait(lambda news: on_p.seq_id in news.failed, "failure")
+        assert_clean(p, d)
+
+
 @pytest.mark.parametrize("decliner", [Role.PREFILL, Role.DECODE])
 def test_a_part_that_is_declined_fails_the_other_with_the_reason(decliner):
     with make_pair() as (p, d):

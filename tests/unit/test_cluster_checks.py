@@ -35,6 +35,26 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
+def test_a_directory_is_written_to_and_left_as_it_was(tmp_path):
+    assert checks.directory_is_writable(tmp_path, "trace").level == "ok"
+    assert checks.directory_is_writable(tmp_path / "a" / "b", "trace").level == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["/proc/x", "/proc", "file", "file/below"])
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, where):
+    (tmp_path / "file").touch()
+    finding = checks.directory_is_writable(tmp_path / where, "--log-dir")
+    assert finding.level == "error" and "--log-dir" in finding.text and "cannot be written" in finding.text
+
+
+@pytest.mark.parametrize(("host", "is_good"), [("127.0.0.1", False), ("0.0.0.0", False), ("127.0.0.2", True)])
+def test_the_coordinator_has_a_port_of_its_own(host, is_good):
+    asked = config(role="prefill", coordinator_addr=NodeAddr("127.0.0.1", 7000), inference_addr=None)
+    assert (checks.ports_differ(host, 7000, asked).level == "ok") == is_good
+    assert checks.ports_differ(host, 7001, asked).level == "ok"
+
+
 @pytest.fixture
 def router_of():
     """A stub router that knows the given nodes; yields a function that starts one."""

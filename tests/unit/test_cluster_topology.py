@@ -1,11 +1,13 @@
 """Who runs where: ports, GPUs, addresses, settings, and what overlaps."""
 
 import itertools
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from ksana_lab.cluster.topology import plan
+from ksana_lab.cluster.local import Cluster
+from ksana_lab.cluster.topology import plan, refuse_contradictions
 from ksana_lab.config import ksana_yaml, yaml_file
 from ksana_lab.config.cluster import ClusterConfig
 from ksana_lab.config.router import RouterConfig
@@ -99,6 +101,45 @@ def test_hosts_have_gpus_and_ports_of_their_own():
 def test_overlaps_and_mistakes_are_refused(nodes, options, message):
     with pytest.raises(ConfigError, match=message):
         lay_out(nodes, **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("group_role", r"nodes\.d\.role"),
+        ("router_addr", r"router\.host and router\.port"),
+        ("inference_addr", r"nodes\.d\.hosts and nodes\.d\.ports"),
+        ("coordinator_addr", r"nodes\.d\.coordinator_ports"),
+        ("cluster_name", r"router\.cluster_name"),
+    ],
+)
+def test_what_the_cluster_works_out_itself_cannot_be_asked_for(key, instead):
+    with pytest.raises(ConfigError, match=rf"connector\.{key} is worked out .* give .*{instead}"):
+        lay_out(xpyd(setting={"connector": {key: "127.0.0.1:1"}}))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tensor_para_size=16", r"nodes\.prefill: tensor_parallel_size is 1 but global\.tensor_para_size is 16; .*=16"),
+        ("nodes.decode.tensor_para_size=2", r"nodes\.decode: tensor_parallel_size is 1 but .* 2; .*nodes\.decode\.tensor_parallel_size=2"),
+        ("cluster_name=lab", r"give router\.cluster_name instead"),
+    ],
+)
+def test_an_override_that_would_have_no_effect_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        Cluster.from_yaml(CONFIGS / "pd_1p1d_cpu.yaml", overrides=[override])
+
+
+def test_gpus_given_twice_are_refused():
+    nodes = {"m": {"role": "mixed", "device_ids": [0], "ksana_lab": {"device_ids": [1]}}}
+    with pytest.raises(ConfigError, match=r"nodes\.m: its device_ids are given, and ksana_lab\.device_ids \[1\]"):
+        refuse_contradictions(ClusterConfig.model_validate({"model_dir": "/m", "nodes": nodes}), "c.yaml")
+
+
+def test_a_size_said_twice_alike_is_no_contradiction():
+    with closing(Cluster.from_yaml(CONFIGS / "pd_1p1d_cpu.yaml", overrides=["tensor_para_size=1"])) as cluster:
+        assert {node.config.parallel.tensor_parallel_size for node in cluster.plan.nodes} == {1}
 
 
 def test_two_nodes_may_share_a_gpu_when_told_so():

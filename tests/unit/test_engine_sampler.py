@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ksana_lab.engine.sampler import PLAIN_GREEDY, SamplingTable, filter_logits, random_keys
+from ksana_lab.engine.sampler import PLAIN_GREEDY, SamplingTable, _pick_logprobs, filter_logits, random_keys
 from ksana_lab.layers.race import exponentials
 from ksana_lab.types import SamplingParams
 
@@ -151,6 +151,17 @@ def test_ends_are_masked_until_min_tokens():
     logits[0, 1], logits[0, 2], logits[0, 9] = 3.0, 2.0, 1.0
     made = table(SamplingParams(temperature=0.0, min_tokens=2), tokens=[5], num_prompt=1)
     assert [int(sample(made, logits, ends=[1 + i]).token_ids) for i in range(3)] == [9, 9, 1]
+
+
+def test_ids_that_no_tensor_holds_are_no_tokens_to_mask():
+    made = table(SamplingParams())
+    made.set_row(0, SamplingParams(min_tokens=1), 0, [5], 1, [-1, 2, 1 << 63, (1 << 64) - 1])
+    assert made._masked[0].tolist() == [2]
+
+
+def test_more_logprobs_than_the_vocabulary_has_are_all_of_them():
+    logprobs = torch.randn(1, 3).log_softmax(-1)
+    assert _pick_logprobs(logprobs, torch.tensor([1]), 20).top_ids.shape == (1, 3)
 
 
 def test_logprobs_are_raw():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ksana_lab import launch
 from ksana_lab.config.environment import REQUIRED_VARIABLES
@@ -95,6 +96,46 @@ def test_a_model_dir_that_is_missing_and_gpus_that_are_absent_are_both_named(run
     assert code == 2 and "/no/such/model does not exist" in err and "GPU 77 asked for" in err
 
 
+def test_a_trace_directory_that_cannot_be_written(run, node):
+    code, _, err = run("prefill", *node, "--set", "ksana_lab.trace_dir=/proc/x")
+    assert code == 2 and "ksana_lab.trace_dir (--trace) /proc/x cannot be written" in err and "Traceback" not in err
+    assert "trace_dir" in run("doctor", *node, "--trace", "/proc/x")[1]
+
+
+def test_a_coordinator_at_the_http_port(run, node):
+    (port,) = free_ports(1)
+    both = ("--set", f"inference_addr=127.0.0.1:{port}", "--set", f"coordinator_addr=127.0.0.1:{port}")
+    code, _, err = run("prefill", *node, *both)
+    assert code == 2 and f"coordinator_addr 127.0.0.1:{port} has the port of the HTTP server" in err
+
+
+@pytest.mark.parametrize("option", ["--model-dir", "--tokenizer_path", "--trace"])
+@pytest.mark.parametrize("name", ["a #b", "{x}", "k: v", "1e3"])
+def test_a_directory_is_taken_as_it_is_written(run, node, tmp_path, monkeypatch, option, name):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("prefill", *node, option, name, "--dry-run")
+    key = {"--model-dir": "model_dir", "--tokenizer_path": "tokenizer_dir", "--trace": "trace_dir"}[option]
+    sections = yaml.safe_load(out.partition("# ---- processes")[0])
+    (shown,) = [section[key] for section in sections.values() if key in section]
+    assert code == 0 and shown in (name, str(tmp_path / name))
+
+
+def test_a_home_directory_is_filled_in(run, node, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = ("--model-dir", "~/m", "--trace", "~/t", "--set", "ksana_lab.tokenizer_dir=~/k")
+    _, out, _ = run("prefill", *node, *said, "--dry-run")
+    assert all(f"dir: {tmp_path}/{name}\n" in out for name in "mtk")
+    assert f"trace_dir: {tmp_path}/t\n" in run("cluster", CONFIGS / "pd_1p1d_cpu.yaml", "--trace", "~/t", "--dry-run")[1]
+    assert f"trace_dir: {tmp_path}/t\n" in run("router", "--trace", "~/t", "--dry-run")[1]
+
+
+def test_an_option_needs_no_placeholder_of_the_file(run, node, tmp_path):
+    file = tmp_path / "f.yaml"
+    file.write_text((CONFIGS / "prefill_cpu.yaml").read_text().replace(".cache/tiny", '"{SOME_DIR}"'))
+    code, out, _ = run("prefill", *node, "--config_file", file, "--dry-run")
+    assert code == 0 and f"model_dir: {tmp_path}" in out and "SOME_DIR" not in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,6 +156,9 @@ def test_a_model_dir_that_is_missing_and_gpus_that_are_absent_are_both_named(run
             "prefill0, decode0: model_spec.base_model.model_dir /no/such",
         ),
         (["cluster", CONFIGS / "pd_1p1d_cpu.yaml", "--only", "decode7", "--dry-run"], "the processes are router, prefill0, decode0"),
+        (["cluster", CONFIGS / "pd_1p1d_cpu.yaml", "--trace", "/proc/x"], "trace_dir (--trace) /proc/x cannot be written"),
+        (["cluster", CONFIGS / "pd_1p1d_cpu.yaml", "--log-dir", "/proc/x"], "log_dir (--log-dir) /proc/x cannot be written"),
+        (["router", "--port", "0", "--trace", "/proc/x"], "trace_dir (--trace) /proc/x cannot be written"),
         (["router", "--workers", "6"], "one asyncio process"),
         (["router", "--config", "absent.ini"], "cannot read absent.ini"),
         (["router", "--policy", "best"], "invalid choice: 'best'"),

@@ -108,12 +108,15 @@ async def test_sampling_config_means_what_the_reference_means(node, config, expe
         ({"input_tokens": "abc"}, "input_tokens"),
         ({"input_tokens": [1], "sampling_config": {"topk": 0}}, "topk"),
         ({"input_tokens": [1], "sampling_config": {"topk": 1025}}, "topk"),
-        ({"input_tokens": [1], "sampling_config": {"topp": 1.5, "topk": 3}}, "top_p"),
+        ({"input_tokens": [1], "sampling_config": {"topp": 1.5, "topk": 3}}, "topp"),
+        ({"input_tokens": [1], "sampling_config": {"topp": 5, "topk": 3}}, "topp"),
+        ({"input_tokens": [1], "sampling_config": {"num_return_sequences": 0}}, "num_return_sequences"),
         ({"input_tokens": [1], "sampling_config": {"num_beams": 4}}, "num_beams"),
         ({"input_tokens": [1], "sampling_config": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size"),
         ({"input_tokens": [1], "sampling_config": {"max_new_tokens": 0}}, "max_new_tokens"),
         ({"input_tokens": [1], "sampling_config": {"json_schema": "{}"}}, "json_schema"),
         ({"input_tokens": [1], "sampling_config": {"stop_strings": [""]}}, "stop_strings"),
+        ({"input_tokens": [1], "sampling_config": {"stop_token_ids": [2**63], "min_tokens": 1}}, "stop_token_ids"),
         ({"input_tokens": [1], "structured_output_regex": "a+"}, "structured_output_regex"),
         ({"input_tokens": [1], "input_refit_embedding": {"pos": [1], "embeddings": [[0.1]]}}, "input_refit_embedding"),
         ({"messages": [{"role": "user"}]}, "messages"),
@@ -126,6 +129,12 @@ async def test_a_bad_or_unsupported_field_is_named(node, body, field):
     error = response.json()["error"]
     assert response.status_code == 400 and error["param"].split(".")[-1] in (field, "sampling_config") and field in error["message"]
     assert response.json()["detail"] == error["message"] and error["ksana_code"] == 2000 and not node.engine.of(AddRequest)
+
+
+async def test_a_rule_about_another_field_names_it_as_this_body_does(node):
+    body = {"input_tokens": [1], "sampling_config": {"min_tokens": 9, "max_new_tokens": 3}}
+    error = (await node.client.post("/generate", json=body)).json()["error"]
+    assert error["message"] == "min_tokens must be in 0..max_new_tokens, got 9" and error["param"] == "min_tokens"
 
 
 async def test_what_asks_for_nothing_passes(node):

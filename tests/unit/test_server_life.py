@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
-from server_fakes import parse_events, running_node
+from server_fakes import node_config, parse_events, running_node, write_tokenizer
 
 from ksana_lab.protocol.engine import AbortRequest, AddRequest, EngineFailed, SequenceUpdate, Shutdown, StepUpdates
 from ksana_lab.server import engine_client
+from ksana_lab.server.app import serve
 from ksana_lab.types import FinishReason
 
 COMPLETIONS = "/v1/completions"
@@ -117,12 +118,43 @@ async def test_a_dead_engine_fails_streams_and_plain_requests_at_once_and_the_no
     assert "out of memory" in node.server.engine.failure
 
 
+ASSERTED = "torch.AcceleratorError: CUDA error: device-side assert triggered"
+TRACEBACK = f"""Traceback (most recent call last):
+  File "a.py", line 1, in run
+    step()
+  File "b.py", line 2, in step
+    kernel()
+{ASSERTED}
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (TRACEBACK, ASSERTED),
+        (f"its process ended\nINFO starting\n{TRACEBACK}", f"its process ended: {ASSERTED}"),
+        ("its process ended\nINFO starting", "its process ended"),
+        ("EngineDead: rank 1 is gone", "EngineDead: rank 1 is gone"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_client_hears_of_a_dead_engine_in_one_line_that_says_why(failure, line):
+    assert engine_client.gist_of(failure) == line
+
+
 async def test_an_engine_that_says_it_failed_is_believed(node):
     request = asyncio.create_task(node.client.post("/generate", json={"input_tokens": [1]}))
     await node.engine.wait_for(AddRequest)
     node.engine.send(EngineFailed("self-check failed"))
     last = (await asyncio.wait_for(request, 5)).content.split(b"\0")[-2]
     assert b'"error"' in last and b"self-check failed" in last
+
+
+def test_a_node_that_cannot_trace_is_not_started(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
+    config = node_config(write_tokenizer(tmp_path), runtime={"trace_dir": "/proc/x"})
+    assert serve(config, "127.0.0.1", 0, f"ipc://{tmp_path}/api", lambda: None) == 2
+    assert "ksana_lab.trace_dir /proc/x cannot be written" in caplog.text
 
 
 async def test_a_node_that_is_loading_says_so(tmp_path):

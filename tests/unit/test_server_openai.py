@@ -1,6 +1,7 @@
 """/v1/completions and /v1/chat/completions over real HTTP: what real clients send, what they get, and errors by name."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
@@ -8,6 +9,8 @@ from server_fakes import expected_tokens, running_node
 
 from ksana_lab.core.scheduler import STOPPED_BY_CALLER
 from ksana_lab.protocol.engine import AbortRequest, AddRequest
+from ksana_lab.server.openai_api import LogprobWriter
+from ksana_lab.types import TokenLogprob
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -117,6 +120,28 @@ async def test_completion_logprobs_are_four_parallel_lists(node):
     events = await node.events(COMPLETIONS, {**body, "stream": True})
     streamed = [e["choices"][0]["logprobs"] for e in events[:-1]]
     assert {key: [x for part in streamed for x in part[key]] for key in logprobs} == logprobs
+
+
+async def test_parts_of_a_character_are_spelled_apart_in_completion_logprobs(node):
+    spelled = node.server._tokenizer.token_bytes
+    half = next(i for i in range(500) if _is_part(spelled(i)) and _is_part(spelled(i + 1)))
+    node.engine.script = [half]
+    logprobs = (await post(node, COMPLETIONS, {"prompt": [3], "max_tokens": 1, "logprobs": 2}))["choices"][0]["logprobs"]
+    names = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled(i)) for i in (half, half + 1)]
+    assert logprobs["tokens"] == names[:1] and logprobs["text_offset"] == [0]
+    assert logprobs["top_logprobs"] == [{names[0]: -0.5, names[1]: -1.5}]
+
+
+def _is_part(token: bytes) -> bool:
+    return token.decode("utf-8", "ignore") == ""
+
+
+def test_of_tokens_spelled_alike_the_chosen_one_counts():
+    tokenizer = SimpleNamespace(token_bytes=lambda i: b"a" if i < 3 else b"b", token_text=lambda i: "a")
+    sequence = SimpleNamespace(token_ids=[1])
+    top = ((2, -0.1), (1, -0.7), (4, -1.0), (3, -2.0))
+    logprobs = LogprobWriter(tokenizer, 4).completion(sequence, 0, [TokenLogprob(1, -0.7, top)])
+    assert logprobs["top_logprobs"] == [{"a": -0.7, "b": -1.0}]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -281,6 +306,10 @@ async def test_top_k_minus_one_is_off_and_null_is_the_default(node):
         (COMPLETIONS, {"prompt": [1], "n": 1000}, "n"),
         (COMPLETIONS, {"prompt": [1], "logprobs": 50}, "logprobs"),
         (COMPLETIONS, {"prompt": [1], "stop": [""]}, "stop"),
+        (COMPLETIONS, {"prompt": [1], "stop_token_ids": [515]}, "stop_token_ids"),
+        (COMPLETIONS, {"prompt": [1], "stop_token_ids": [3, -1]}, "stop_token_ids"),
+        (COMPLETIONS, {"prompt": [1], "stop_token_ids": [3] * 1025}, "stop_token_ids"),
+        (COMPLETIONS, {"prompt": [1], "stop_token_ids": [2**64 - 1], "min_tokens": 1}, "stop_token_ids"),
         (COMPLETIONS, {"prompt": [1], "best_of": 3}, "best_of"),
         (COMPLETIONS, {"prompt": [1], "logit_bias": {"5": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": [1], "echo": True, "logprobs": 1}, "echo"),
@@ -294,6 +323,7 @@ async def test_top_k_minus_one_is_off_and_null_is_the_default(node):
         (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"messages": HELLO, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
         (CHAT, {"messages": HELLO, "stream_options": {"include_usage": "yes"}}, "stream_options"),
     ],
 )  # fmt: skip
@@ -301,6 +331,19 @@ async def test_a_bad_or_unsupported_field_is_a_400_that_names_it(node, path, bod
     error = (await post(node, path, body, status=400))["error"]
     assert error["type"] == "invalid_request_error" and error["param"] == param and error["code"] == 400
     assert (param or "messages") in error["message"] and not node.engine.of(AddRequest)
+
+
+@pytest.mark.parametrize("body", [{"prompt": ["x"] * 1025}, {"prompt": ["x"] * 9, "n": 128}])
+async def test_too_many_prompts_are_refused_before_any_is_tokenised(node, monkeypatch, body):
+    monkeypatch.setattr(node.server._tokenizer, "encode_all_async", None)
+    error = (await post(node, COMPLETIONS, body, status=400))["error"]
+    assert error["param"] == "n" and "at most 1024" in error["message"]
+
+
+async def test_many_short_prompts_are_tokenised_together_as_each_alone(node):
+    texts = [f"the fox {i}" for i in range(300)]
+    await post(node, COMPLETIONS, {"prompt": texts, "max_tokens": 1})
+    assert [a.prompt_token_ids for a in node.engine.of(AddRequest)] == [node.server._tokenizer.encode(t) for t in texts]
 
 
 async def test_more_tokens_than_fit_is_said_with_the_number_that_does(node):
@@ -325,6 +368,13 @@ async def test_wrong_method_and_path_are_json_too(node):
     assert (await node.client.get(COMPLETIONS)).status_code == 405
     response = await node.client.post("/v1/embeddings", json={})
     assert response.status_code == 404 and response.json()["error"]["code"] == 404
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/generate", "/health"])
+async def test_a_slash_at_the_end_is_another_path_and_not_sent_on(node, path):
+    response = await node.client.request("GET" if path == "/health" else "POST", path + "/")
+    assert response.status_code == 404 and "location" not in response.headers
+    assert response.json()["error"]["code"] == 404
 
 
 async def test_request_id_is_echoed_and_used(node):

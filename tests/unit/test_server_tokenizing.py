@@ -1,13 +1,14 @@
 """Ids to text exactly as the tokenizer's own full decode, token by token; stop strings across tokens; chat templates as elsewhere."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_fakes import bpe, write_tokenizer
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, processors
 
 from ksana_lab.errors import CheckpointError, InvalidRequest
 from ksana_lab.server.tokenizing import TextStream, Tokenizer, WindowDetokenizer
@@ -65,6 +66,11 @@ def test_window_decoding_of_other_decoders_joins_to_the_full_decode(parts):
     detokenizer = WindowDetokenizer(backend.decode, [])
     text = "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
     assert text == backend.decode(ids)
+
+
+def test_a_byte_token_of_any_vocabulary_is_its_byte():
+    tokenizer = Tokenizer(sentencepiece_like(), {}, None, [])
+    assert [tokenizer.token_bytes(4 + byte) for byte in (0x0A, 0xE6, 0x9D)] == [b"\n", b"\xe6", b"\x9d"]
 
 
 def test_window_decoding_keeps_the_space_after_the_prompt():
@@ -142,9 +148,37 @@ def test_an_unusable_directory_is_named(tmp_path, broken):
         Tokenizer.load(directory)
 
 
-async def test_long_prompts_are_tokenised_in_a_thread_with_the_same_result():
+@pytest.mark.parametrize("special", [False, True])
+async def test_long_prompts_are_tokenised_in_a_thread_with_the_same_result(special):
+    backend = Backend.from_str(bpe())
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)])
+    text = "naïve 東京 🙂 the quick<|im_end|> fox " * 200
+    expected = backend.encode(text, add_special_tokens=special).ids
+    tokenizer = Tokenizer(backend, {}, None, [])
+    assert await tokenizer.encode_async(text, add_special_tokens=special) == expected
+    tokenizer.close()
+
+
+@pytest.mark.parametrize("without", [[], ["encode_batch_fast"]])
+async def test_the_thread_for_long_prompts_lets_go_of_the_interpreter(without):
+    """``encode`` does not, in any version; a batch does."""
+    backend = Only(Backend.from_str(bpe()), without=["encode", *without])
+    tokenizer = Tokenizer(backend, {}, None, [])
     text = "the quick brown fox " * 200
-    assert await TOKENIZER.encode_async(text) == TOKENIZER.encode(text)
+    assert await tokenizer.encode_async(text) == BACKEND.encode(text).ids
+    tokenizer.close()
+
+
+class Only:
+    """A tokenizer that lacks some methods."""
+
+    def __init__(self, backend, without):
+        self._backend, self._without = backend, without
+
+    def __getattr__(self, name):
+        if name in self._without:
+            raise AttributeError(name)
+        return getattr(self._backend, name)
 
 
 def test_chat_templates_render_as_transformers_does(tmp_path):
@@ -159,13 +193,38 @@ def test_chat_templates_render_as_transformers_does(tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " é <b> "}, {"role": "assistant", "content": "y"}]
     oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     expected = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert Tokenizer.load(tmp_path).render_chat(messages, enable_thinking=False) == expected
+    assert Tokenizer.load(tmp_path).render_chat(messages, {"enable_thinking": False}, created_s=0) == expected
 
 
 def test_a_template_that_refuses_is_the_requests_fault(tmp_path):
     write_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}])
+        Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}], created_s=0)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages.x.y.z }}", "{{ range(10 ** 9) }}", "{{ strftime_now('%Y') }}"])
+def test_a_template_that_fails_is_the_requests_fault_too(tmp_path, template):
+    write_tokenizer(tmp_path, chat_template=template)
+    with pytest.raises(InvalidRequest, match="refuses these messages"):
+        Tokenizer.load(tmp_path).render_chat([], created_s=10**12 - 1)  # the year 33658
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/Los_Angeles"])
+def test_what_a_template_takes_for_now_is_the_requests_time_in_any_time_zone(tmp_path, monkeypatch, zone):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    template = "{% macro today() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}Today Date: {{ today() }}"
+    write_tokenizer(tmp_path, chat_template=template)
+    assert Tokenizer.load(tmp_path).render_chat([], created_s=1735689540) == "Today Date: 31 Dec 2024 23:59"
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize("name", ["self", "messages", "add_generation_prompt", "strftime_now"])
+def test_a_variable_with_a_name_of_ours_is_the_requests_fault(tmp_path, name):
+    write_tokenizer(tmp_path)
+    with pytest.raises(InvalidRequest, match=f"cannot set {name}"):
+        Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}], {name: 1}, created_s=0)
 
 
 def test_a_directory_without_tokenizer_json_is_converted(tmp_path):

@@ -40,8 +40,8 @@ class Said:
         return words
 
 
-def announce(num_tokens=8, window=WINDOW) -> wire.Announce:
-    return wire.Announce(SESSION, KEY, window, [1, 2], num_tokens, 0)
+def announce(num_tokens=8, window=WINDOW, prompt_hash=b"") -> wire.Announce:
+    return wire.Announce(SESSION, KEY, window, [1, 2], num_tokens, 0, prompt_hash)
 
 
 def cancel(window=WINDOW) -> wire.Cancel:
@@ -68,6 +68,23 @@ def test_p_never_sends_to_blocks_of_a_prompt_of_another_length(p):
     p.on_local(KEY, SEQ, SERIAL, 8, 0)
     p.on_announce(announce(num_tokens=1), 0)
     assert p.said.take() == ["peer:Failed", "ranks:Drop", "news:doomed"]
+
+
+@pytest.mark.parametrize("announced_first", [True, False])
+@pytest.mark.parametrize(("here", "there", "is_same"), [(b"a", b"b", False), (b"a", b"a", True), (b"a", b"", True), (b"", b"b", True)])
+def test_p_never_sends_to_blocks_of_another_prompt_of_that_length(p, announced_first, here, there, is_same):
+    steps = [lambda: p.on_announce(announce(prompt_hash=there), 0), lambda: p.on_local(KEY, SEQ, SERIAL, 8, 0, here)]
+    for step in steps if announced_first else reversed(steps):
+        step()
+    assert (KEY in p.entries) == is_same
+    if not is_same:
+        (failed,) = [m for m in p.said.peer if isinstance(m, wire.Failed)]
+        assert "8 tokens" in failed.reason and "tokenizers or chat templates differ" in failed.reason
+
+
+def test_prompts_of_one_length_are_told_apart_by_their_ids():
+    assert wire.hash_prompt([1, 2, 3]) != wire.hash_prompt([1, 3, 2]) and len(wire.hash_prompt([1])) == 8
+    assert wire.hash_prompt(list(range(9))) == wire.hash_prompt(range(9))
 
 
 @pytest.mark.parametrize("announced_first", [True, False])
@@ -255,6 +272,15 @@ def begin(ledger, *, until="announced"):
             ledger.on_armed(rank, window)
     ledger.said.take()
     return window
+
+
+def test_d_announces_the_hash_of_its_prompt(d):
+    d.on_local(PLAN, SEQ, 0, b"12345678")
+    for rank in (0, 1):
+        d.on_armed(rank, d.entries[KEY].window)
+    (announced,) = d.said.peer
+    assert announced.prompt_hash == b"12345678"
+    assert wire.Decoder(wire.ToPrefill).decode(wire.encode(announced)) == announced
 
 
 def test_d_announces_only_when_every_rank_accepts_writes(d):

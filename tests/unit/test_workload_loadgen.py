@@ -110,6 +110,16 @@ def test_no_server_and_a_silent_one_end_in_bounded_time():
     assert "connection" in loadgen.play(url, spec(num_requests=1, vocab_size=10))[0].error
 
 
+async def test_a_connection_that_takes_too_long_is_not_an_answer_without_an_end(monkeypatch):
+    async def never(*args, **kwargs):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", never)
+    async with Client("http://127.0.0.1:9", connect_timeout_s=0.01, timeout_s=600) as client:
+        record = await client.send(WorkloadRequest(0, None, np.array([1]), 1, 0), request_id="r")
+    assert record.error == "connection: ConnectionLost: none was made within 0.01 s"
+
+
 def test_proxies_of_the_environment_are_not_used(monkeypatch):
     monkeypatch.setitem(os.environ, "http_proxy", "http://127.0.0.1:9")
     with StubServer(ttft_s=0.001, gap_s=0.001).serving() as url:
