@@ -141,10 +141,10 @@ class Engine:
         return self.scheduler.take_updates()
 
     def update_peers(self, update: PeerUpdate) -> None:
-        if self._transfer is None:
-            log.warning("heard of peers on a node that has none")
-        else:
+        if self._transfer is not None:
             self._transfer.handle_peer_update(update)
+        elif update.pairs:  # a mixed node is told that it has none
+            log.warning("heard of peers on a node that has none")
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from ksana_lab.server.generate_api import GenerateEndpoint
 from ksana_lab.server.generation import GenerationService
 from ksana_lab.server.metrics import CONTENT_TYPE, ServerMetrics
 from ksana_lab.server.openai_api import ChatEndpoint, CompletionEndpoint
-from ksana_lab.server.registrar import Registrar
+from ksana_lab.server.registrar import ENGINE_SILENCE_S, Registrar
 from ksana_lab.server.tokenizing import Tokenizer
 from ksana_lab.tracing.recorder import open_recorder
 from ksana_lab.types import NodeAddr, Role
@@ -44,7 +44,6 @@ from ksana_lab.types import NodeAddr, Role
 log = logging.getLogger(__name__)
 
 ENGINE_START_TIMEOUT_S = 3600.0  # reading a large model from a slow disk
-ENGINE_SILENCE_S = 15.0  # without a message of an engine that is asked every second
 STATUS_TIMEOUT_S = 1.0  # for /health and /metrics
 SHUTDOWN_GRACE_S = 5  # for the last answers
 KEEP_ALIVE_S = 200  # the reference's; a router's pooled connection must outlive a quiet minute
@@ -104,7 +103,7 @@ class NodeServer:
             probe_period_s=probe_period_s,
             node=f"{connector.role.value} node",
         )
-        self.registrar = Registrar(connector, self.engine) if connector.router_addr is not None else None
+        self.registrar = Registrar(connector, self.engine, silence_limit_s=silence_limit_s) if connector.router_addr is not None else None
         self.metrics = ServerMetrics(connector.role.value)
         self.metrics.watch(self._gauges, lambda: self.engine.status)
         try:

@@ -373,6 +373,7 @@ class Space:
             overrides = [f"{key}={value}" for key, value in texts]
             try:
                 config = ClusterConfig.from_yaml(self.config.cluster, overrides=overrides, model_dir=self._model_dir)
+                topology.refuse_contradictions(config, str(self.config.cluster))
             except ConfigError as error:
                 raise ConfigError(f"{self._source}: {_in_words_of_a_sweep(str(error), settings)}") from None
             self._clusters[texts] = config

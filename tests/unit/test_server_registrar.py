@@ -14,7 +14,6 @@ from starlette.routing import Route
 
 from ksana_lab.errors import ConfigError
 from ksana_lab.protocol.engine import GetStatus, PeerUpdate
-from ksana_lab.server import app, registrar
 from ksana_lab.server.registrar import Registrar
 from ksana_lab.types import NodeAddr, Role
 
@@ -229,10 +228,6 @@ async def test_a_router_that_knows_no_sign_off_does_not_hold_up_the_end(tmp_path
         await router.wait(lambda: router.heartbeats)
         node.server.stop()
         assert await node.task == 0
-
-
-def test_the_router_hears_of_a_silent_engine_when_health_does():
-    assert registrar.ENGINE_SILENCE_S == app.ENGINE_SILENCE_S
 
 
 async def test_registering_needs_both_addresses():
