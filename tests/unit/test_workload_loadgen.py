@@ -56,7 +56,7 @@ def test_an_open_loop_sends_on_time_however_slow_the_answers():
     with StubServer(ttft_s=0.3, gap_s=0.001).serving() as url:
         report = loadgen.measure(url, spec(rate=100, burstiness=float("inf")))
     sent = np.diff([r.sent_s for r in report.records])
-    assert report.duration_s < 1.5  # 20 answers of 0.3 s, one after another, would be 6
+    assert report.duration_s < 3  # 20 answers of 0.3 s, one after another, would be 6
     assert np.median(sent) == pytest.approx(0.01, abs=0.004)
 
 
