@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,7 +54,8 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Complete ``prompts`` (texts or lists of token ids; or a single text), all at once; results in the same order.
+        """Complete ``prompts`` (texts or lists of token ids; or a single text), all at once; results in the same order. Prompts
+        without a seed get one each, made of ``runtime.seed`` and how many prompts came before: the same calls give the same samples.
 
         Raises InvalidRequest or PromptTooLong for a prompt that cannot be served; nothing runs on then."""
         texts: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts  # type: ignore[assignment]
@@ -66,7 +68,7 @@ class LLM:
         try:
             for prompt, param in zip(texts, params, strict=True):
                 ids = self._encode(prompt)
-                run.add(f"llm-{self._num_requests}", ids, param, seed=self.config.runtime.seed + self._num_requests)
+                run.add(f"llm-{self._num_requests}", ids, param, seed=_seed(self.config.runtime.seed, self._num_requests))
                 self._num_requests += 1
             return run.finish()
         finally:
@@ -145,6 +147,11 @@ class _Run:
             self._engine.abort(update.request_id, STOPPED_BY_CALLER)
         if output.finish_reason is not None:
             del self._open[update.request_id]
+
+
+def _seed(node_seed: int, number: int) -> int:
+    """For the ``number``-th prompt of an LLM, if it brings none. Hashed, so that sample j's ``+ j`` is never another prompt's seed."""
+    return int.from_bytes(hashlib.blake2b(f"{node_seed}/{number}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _with_options(model: str | EngineConfig, options: dict[str, Any]) -> EngineConfig:
