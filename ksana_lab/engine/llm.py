@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ksana_lab.config.engine import EngineConfig, ModelOptions
+from ksana_lab.config.validate import build
 from ksana_lab.core.scheduler import STOPPED_BY_CALLER
 from ksana_lab.engine.engine import Engine
 from ksana_lab.errors import ConfigError, InvalidRequest, request_error
@@ -155,7 +156,8 @@ def _seed(node_seed: int, number: int) -> int:
 
 
 def _with_options(model: str | EngineConfig, options: dict[str, Any]) -> EngineConfig:
-    """``options`` put into the first section that has a field of that name. Raises ConfigError for a name that none has."""
+    """``options`` put into the first section that has a field of that name. Raises ConfigError for a name that none has, or
+    a bad value."""
     config = model if isinstance(model, EngineConfig) else EngineConfig(model=ModelOptions(model_dir=str(model)))
     sections = {name: type(getattr(config, name)).model_fields for name in type(config).model_fields}
     changes: dict[str, dict[str, Any]] = {}
@@ -167,7 +169,7 @@ def _with_options(model: str | EngineConfig, options: dict[str, Any]) -> EngineC
             raise ConfigError(f"LLM has no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         changes.setdefault(section, {})[key] = value
     merged = {name: {**getattr(config, name).model_dump(), **fields} for name, fields in changes.items()}
-    return EngineConfig.model_validate({**config.model_dump(), **merged})
+    return build(EngineConfig, {**config.model_dump(), **merged}, "LLM")
 
 
 def _offline(config: EngineConfig) -> EngineConfig:

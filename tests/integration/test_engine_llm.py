@@ -108,6 +108,8 @@ def test_two_engines_in_one_process(llm):
 def test_wrong_options_name_the_right_one(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'num_blocks'"):
         LLM(checkpoint(), num_block=3)
+    with pytest.raises(ConfigError, match=r"LLM: cache\.num_blocks: .* 2, got 1"):
+        LLM(checkpoint(), num_blocks=1)
     with pytest.raises(CheckpointError):
         LLM(str(tmp_path))
     with pytest.raises(ConfigError, match="not divide"):
