@@ -114,6 +114,8 @@ class ClusterConfig(Frozen):
 
         Raises ConfigError."""
         tree = yaml_file.read(path)
+        if not isinstance(nodes := tree.get("nodes") or {}, dict):
+            raise ConfigError(f"{path}: nodes must hold groups by their names, got {nodes!r}")
         for text in overrides:
             override = parse_override(text)
             put(tree, _locate(override, tree), override.value)
@@ -139,7 +141,7 @@ def _locate(override: Override, tree: Mapping[str, Any]) -> tuple[str, ...]:
     path = override.path
     if path[0] != "nodes":
         return _in_section(path, ClusterConfig, ())
-    groups = tree.get("nodes") or {}
+    groups = [str(name) for name in tree.get("nodes") or {}]
     if len(path) < 3 or path[1] not in groups:
         given = ".".join(path)
         near = nearest(path[1], groups) if len(path) > 1 else ""

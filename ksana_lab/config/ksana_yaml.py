@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ksana_lab.config import yaml_file
-from ksana_lab.config.engine import ConnectorOptions, EngineConfig
+from ksana_lab.config.engine import CacheOptions, ConnectorOptions, EngineConfig
 from ksana_lab.config.environment import visible_gpus
 from ksana_lab.config.overrides import Override, leaves, parse_override, put
 from ksana_lab.config.validate import nearest
@@ -36,7 +36,7 @@ MODEL_DIR = "model_spec.base_model.model_dir"
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """``warnings``: one sentence for each key that asks for something that is not implemented."""
+    """``warnings``: one sentence for each key that asks for something that is not implemented, or has no effect beside another key."""
 
     config: EngineConfig
     warnings: list[str] = field(default_factory=list)
@@ -311,6 +311,7 @@ def translate(tree: Mapping[str, Any], source: str, *, num_gpus: int | None = No
     gpus = visible_gpus() if num_gpus is None and fields.get("runtime.device") != "cpu" else num_gpus or 0
     fields.update(_settled_devices(fields, gpus))
     fields.update(_settled_backend(fields, gpus, given, source, warnings))
+    warnings += _without_effect(fields, given, source)
     config = _build(fields, origin, source)
     _check_connector(config.connector, source)
     return LoadedConfig(config, warnings)
@@ -402,9 +403,36 @@ def _swap_space(fields: Mapping[str, Any], given: Mapping[str, Any], source: str
     if mode is None and factor:
         return {"scheduler.preemption_mode": "swap"}
     if mode == "recompute" and factor:
-        name = "setting.block_manager.block_host_memory_factor"
-        warnings.append(f"{_shown(name)}: {given[name]!r} has no effect: preempt_mode is 1, so nothing is swapped ({source})")
+        why = "preempt_mode is 1, so nothing is swapped"
+        warnings.append(_no_effect("setting.block_manager.block_host_memory_factor", given, why, source))
+    if mode == "swap" and factor == 0:
+        why = "block_host_memory_factor is 0, so there is no room to swap to and preempted sequences are computed again"
+        warnings.append(_no_effect("setting.batch_scheduler.preempt_mode", given, why, source))
     return {}
+
+
+def _without_effect(fields: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[str]:
+    """One warning for each key that another one makes idle. Of the device only where the file itself says cpu: with auto it may be meant
+    for another machine."""
+    idle = []
+    mode = fields.get("connector.transfer_mode")
+    if mode in ("bulk", "chunk") and fields.get("connector.layers_per_chunk", 1) != 1:
+        why = f"ksana_lab.transfer_mode is {mode}, so all layers are sent together"
+        idle.append(("setting.batch_scheduler.transfer_layer_chunk_size", why))
+    if fields.get("runtime.device") == "cpu":
+        if fields.get("runtime.device_ids"):
+            idle.append(("ksana_lab.device_ids", "ksana_lab.device is cpu"))
+        why = "ksana_lab.device is cpu, where ksana_lab.num_blocks sizes the KV cache"
+        if fields.get("cache.device_memory_ratio", -1.0) >= 0:
+            idle.append(("setting.block_manager.block_device_memory_ratio", why))
+        reserved = CacheOptions().reserved_memory_ratio
+        if fields.get("cache.reserved_memory_ratio", reserved) != reserved:
+            idle.append(("setting.block_manager.reserved_device_memory_ratio", why))
+    return [_no_effect(name, given, why, source) for name, why in idle]
+
+
+def _no_effect(name: str, given: Mapping[str, Any], why: str, source: str) -> str:
+    return f"{_shown(name)}: {given[name]!r} has no effect: {why} ({source})"
 
 
 def _kv_dtype(given: Mapping[str, Any], source: str, warnings: list[str]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def without_password(url: str) -> str:
     return url.replace(f":{parts.password}@", ":***@", 1) if parts.password else url
 
 
-# config.ini of the reference: section -> key -> our field. None: known, answered with a warning when set to more than its default.
+# config.ini of the reference: section -> key -> our field. None: part of the database's URL, or in _WITHOUT_EFFECT.
 _INI: dict[str, dict[str, str | None]] = {
     "general": {
         "log_level": "log_level",
@@ -81,6 +81,26 @@ _INI: dict[str, dict[str, str | None]] = {
     "database": dict.fromkeys(
         ("storage_mode", "sqlite_path", "host", "port", "user", "password", "database", "charset", "autocommit"), None
     ),
+}
+
+# (section, storage_mode or None for both, why) -> key -> the reference's defaults, its code's and its file's; any other value asks for
+# something, and is answered with a warning.
+_WITHOUT_EFFECT: dict[tuple[str, str | None, str], dict[str, tuple[str, ...]]] = {
+    ("name_service", None, "the router asks no name service for nodes, they register with it"): {
+        "namespace": ("Production",),
+        "prefill_service": ("prefill-service",),
+        "decode_service": ("decode-service",),
+    },
+    ("database", None, "every change is committed as it is made"): {"autocommit": ("true", "yes", "on", "1")},
+    ("database", "sqlite", "storage_mode is sqlite, a file"): {
+        "host": ("localhost",),
+        "port": ("3306",),
+        "user": ("root",),
+        "password": ("",),
+        "database": ("ksana_llm_router",),
+        "charset": ("utf8mb4",),
+    },
+    ("database", "mysql", "storage_mode is mysql"): {"sqlite_path": ("./sqlite/simple_router.db", "./simple_router.db")},
 }
 
 
@@ -104,7 +124,7 @@ def _parse_ini(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
         data["log_level"] = data["log_level"].upper()
     if parser.has_section("database"):
         data["database_url"] = _database_url(dict(parser["database"]), path)
-    return data, _name_service_warnings(parser, path)
+    return data, [*_name_service_warnings(parser, path), *_without_effect(parser, path)]
 
 
 def _database_url(options: dict[str, str], path: Path) -> str:
@@ -128,3 +148,15 @@ def _name_service_warnings(parser: configparser.ConfigParser, path: Path) -> lis
         f"{path}: name_service.name_service_provider={provider} is not implemented; the router serves the nodes that register with it, and "
         "chooses among them by its policy"
     ]
+
+
+def _without_effect(parser: configparser.ConfigParser, path: Path) -> list[str]:
+    storage_mode = parser.get("database", "storage_mode", fallback="sqlite").lower()
+    warnings = []
+    for (section, mode, why), defaults in _WITHOUT_EFFECT.items():
+        for key, off in defaults.items():
+            value = parser.get(section, key, fallback=off[0])
+            if mode in (None, storage_mode) and value not in off and value.lower() not in off:
+                shown = "" if key == "password" else f"={value}"
+                warnings.append(f"{path}: {section}.{key}{shown} has no effect: {why}")
+    return warnings

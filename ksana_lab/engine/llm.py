@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from ksana_lab.config.engine import EngineConfig, ModelOptions
+from ksana_lab.config.validate import build
 from ksana_lab.core.scheduler import STOPPED_BY_CALLER
 from ksana_lab.engine.engine import Engine
 from ksana_lab.errors import ConfigError, InvalidRequest, request_error
@@ -53,7 +55,8 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Complete ``prompts`` (texts or lists of token ids; or a single text), all at once; results in the same order.
+        """Complete ``prompts`` (texts or lists of token ids; or a single text), all at once; results in the same order. Prompts
+        without a seed get one each, made of ``runtime.seed`` and how many prompts came before: the same calls give the same samples.
 
         Raises InvalidRequest or PromptTooLong for a prompt that cannot be served; nothing runs on then."""
         texts: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts  # type: ignore[assignment]
@@ -66,7 +69,7 @@ class LLM:
         try:
             for prompt, param in zip(texts, params, strict=True):
                 ids = self._encode(prompt)
-                run.add(f"llm-{self._num_requests}", ids, param, seed=self.config.runtime.seed + self._num_requests)
+                run.add(f"llm-{self._num_requests}", ids, param, seed=_seed(self.config.runtime.seed, self._num_requests))
                 self._num_requests += 1
             return run.finish()
         finally:
@@ -147,8 +150,14 @@ class _Run:
             del self._open[update.request_id]
 
 
+def _seed(node_seed: int, number: int) -> int:
+    """For the ``number``-th prompt of an LLM, if it brings none. Hashed, so that sample j's ``+ j`` is never another prompt's seed."""
+    return int.from_bytes(hashlib.blake2b(f"{node_seed}/{number}".encode(), digest_size=8).digest(), "little") >> 1
+
+
 def _with_options(model: str | EngineConfig, options: dict[str, Any]) -> EngineConfig:
-    """``options`` put into the first section that has a field of that name. Raises ConfigError for a name that none has."""
+    """``options`` put into the first section that has a field of that name. Raises ConfigError for a name that none has, or
+    a bad value."""
     config = model if isinstance(model, EngineConfig) else EngineConfig(model=ModelOptions(model_dir=str(model)))
     sections = {name: type(getattr(config, name)).model_fields for name in type(config).model_fields}
     changes: dict[str, dict[str, Any]] = {}
@@ -160,7 +169,7 @@ def _with_options(model: str | EngineConfig, options: dict[str, Any]) -> EngineC
             raise ConfigError(f"LLM has no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         changes.setdefault(section, {})[key] = value
     merged = {name: {**getattr(config, name).model_dump(), **fields} for name, fields in changes.items()}
-    return EngineConfig.model_validate({**config.model_dump(), **merged})
+    return build(EngineConfig, {**config.model_dump(), **merged}, "LLM")
 
 
 def _offline(config: EngineConfig) -> EngineConfig:

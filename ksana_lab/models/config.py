@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from ksana_lab.errors import CheckpointError, ConfigError
 
 # Written by models/synth.py beside config.json: how the weights came about, or how to make them when there are none on disk.
 SYNTH_SPEC_FILE = "ksana_lab_synth.json"
+
+DTYPES = ("float32", "bfloat16", "float16")  # that the engine computes in
 
 _NO_DIRECTORY_HINT = "give a Hugging Face checkpoint, or make one: python -m ksana_lab.models.synth --arch qwen3 --shape tiny --out DIR"
 
@@ -106,8 +110,9 @@ class ModelConfig:
         path = Path(model_dir)
         raw = _read_json(path, "config.json")
         weight_files(path)
-        generation = _read_json(path, "generation_config.json") if (path / "generation_config.json").exists() else {}
-        return _parse(raw, generation, path)
+        beside = path / "generation_config.json"
+        generation = _read_json(path, beside.name) if beside.exists() else {}
+        return _parse(_Reader(path / "config.json", raw), _Reader(beside, generation))
 
 
 def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
@@ -116,8 +121,8 @@ def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(path, index.name).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path}: {index.name} has no weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{path}: {index.name} has no weight_map of file names")
         files = [path / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -140,7 +145,11 @@ def generated_seed(model_dir: str | os.PathLike[str]) -> int | None:
     if not (path / SYNTH_SPEC_FILE).is_file():
         return None
     spec = _read_json(path, SYNTH_SPEC_FILE)
-    return None if spec.get("has_weights", True) else int(spec["seed"])
+    if spec.get("has_weights", True):
+        return None
+    if type(seed := spec.get("seed")) is not int:
+        raise _Reader(path / SYNTH_SPEC_FILE, spec).fault("seed", "an integer")
+    return seed
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -161,48 +170,99 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _parse(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> ModelConfig:
+@dataclass(frozen=True)
+class _Reader:
+    """Values of one JSON file, checked: whatever is wrong is a CheckpointError that names file, key and value.
+
+    ``section``: what a nested mapping's keys are called behind. A default is for an absent key; null is a value, and no number."""
+
+    file: Path
+    values: Mapping[str, Any]
+    section: str = ""
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """1 or more."""
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.fault(key, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Above 0 and finite."""
+        value = self.values.get(key, default)
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise self.fault(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """False when absent or null."""
+        value = self.values.get(key)
+        if value is not None and type(value) is not bool:
+            raise self.fault(key, "true or false")
+        return bool(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """() when absent or null. One id stands for a list of one."""
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(token_id) is int for token_id in ids):
+            raise self.fault(key, "a token id or a list of them")
+        return tuple(ids)
+
+    def mapping(self, key: str) -> _Reader:
+        """An empty one when absent or null."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.fault(key, "a mapping")
+        return _Reader(self.file, value or {}, f"{self.section}{key}.")
+
+    def fault(self, key: str, wanted: str) -> CheckpointError:
+        found = repr(self.values[key]) if key in self.values else "none"
+        return CheckpointError(f"{self.file.parent}: {self.file.name} must give {self.section}{key} as {wanted}, found {found}")
+
+
+def _parse(config: _Reader, generation: _Reader) -> ModelConfig:
+    raw, path = config.values, config.file.parent
     name = _architecture_name(raw, path)
     arch = ARCHITECTURES[name]
     _refuse_unsupported(raw, path)
-    has_bias = bool(raw.get("attention_bias", False))
-    num_heads = _positive_int(raw, "num_attention_heads", path)
-    hidden_size = _positive_int(raw, "hidden_size", path)
-    theta, scaling = _rope(raw, path)
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    has_bias = config.flag("attention_bias")
+    num_heads, num_kv_heads, head_dim = _heads(config, arch)
+    theta, scaling = _rope(config)
     return ModelConfig(
         architecture=name,
-        vocab_size=_positive_int(raw, "vocab_size", path),
-        hidden_size=hidden_size,
-        intermediate_size=_positive_int(raw, "intermediate_size", path),
-        num_layers=_positive_int(raw, "num_hidden_layers", path),
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=config.integer("hidden_size"),
+        intermediate_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-        head_dim=raw.get("head_dim") or arch.default_head_dim or hidden_size // num_heads,
-        max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=config.integer("max_position_embeddings", 2048),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
         has_qkv_bias=arch.has_qkv_bias or has_bias,
         has_output_bias=not arch.has_qkv_bias and has_bias,
         has_qk_norm=arch.has_qk_norm,
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
-        bos_token_id=generation.get("bos_token_id", raw.get("bos_token_id")),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        dtype=_dtype(config),
+        bos_token_id=next(iter(generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")), None),
+        eos_token_ids=generation.token_ids("eos_token_id") or config.token_ids("eos_token_id"),
     )
 
 
-def _architecture_name(raw: dict[str, Any], path: Path) -> str:
-    names = raw.get("architectures") or [n for n, arch in ARCHITECTURES.items() if arch.model_type == raw.get("model_type")]
+def _architecture_name(raw: Mapping[str, Any], path: Path) -> str:
+    given = raw.get("architectures") or [n for n, arch in ARCHITECTURES.items() if arch.model_type == raw.get("model_type")]
+    names = given if isinstance(given, list) else [given]
     for name in names:
-        if name in ARCHITECTURES:
+        if isinstance(name, str) and name in ARCHITECTURES:
             return name
     found = ", ".join(map(str, names)) or f"model_type {raw.get('model_type')!r}"
     raise CheckpointError(f"{path} is a {found} checkpoint; supported are {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
     """Settings that would change the arithmetic and are not implemented: wrong tokens are worse than a refusal."""
     faults = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
@@ -216,25 +276,38 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: config.json sets {key}={raw[key]!r}, which is not supported")
 
 
-def _positive_int(raw: dict[str, Any], key: str, path: Path) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{path}: config.json must give {key} as a positive integer, found {value!r}")
-    return value
+def _heads(config: _Reader, arch: Architecture) -> tuple[int, int, int]:
+    """(attention heads, KV heads, head_dim); a null of the last two is their default, as in transformers."""
+    num_heads = config.integer("num_attention_heads")
+    num_kv_heads = num_heads if config.values.get("num_key_value_heads") is None else config.integer("num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise config.fault("num_key_value_heads", f"a divisor of num_attention_heads {num_heads}")
+    if config.values.get("head_dim") is not None:
+        head_dim = config.integer("head_dim")
+    else:
+        head_dim = arch.default_head_dim or config.integer("hidden_size") // num_heads
+    if head_dim < 2 or head_dim % 2:  # rotary embeddings turn pairs
+        raise config.fault("head_dim", f"an even number (hidden_size / num_attention_heads where it is absent), it is {head_dim}")
+    return num_heads, num_kv_heads, head_dim
 
 
-def _rope(raw: dict[str, Any], path: Path) -> tuple[float, Llama3RopeScaling | None]:
+def _dtype(config: _Reader) -> str:
+    key = "dtype" if config.values.get("dtype") else "torch_dtype"
+    dtype = str(config.values.get(key) or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise config.fault(key, f"one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _rope(config: _Reader) -> tuple[float, Llama3RopeScaling | None]:
     """(theta, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` beside ``rope_scaling`` (4)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = config.mapping("rope_parameters" if config.values.get("rope_parameters") else "rope_scaling")
+    theta = (rope if "rope_theta" in rope.values else config).number("rope_theta", 10000.0)
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise CheckpointError(f"{path}: rope scaling {kind!r} is not supported; supported are default, llama3")
-    try:
-        original = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
-        scaling = Llama3RopeScaling(float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: llama3 rope scaling is incomplete: {error}") from None
-    return theta, scaling
+        raise CheckpointError(f"{config.file.parent}: rope scaling {kind!r} is not supported; supported are default, llama3")
+    original = "original_max_position_embeddings"
+    length = rope.integer(original) if original in rope.values else config.integer("max_position_embeddings")
+    return theta, Llama3RopeScaling(rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor"), length)

@@ -59,6 +59,19 @@ def test_n_samples_differ_and_the_first_is_that_of_n_1(llm):
     assert len({tuple(ids) for ids in [first, *others]}) == 3
 
 
+def test_samples_without_a_seed_differ_between_prompts_and_calls():
+    params = SamplingParams(n=4, max_tokens=12, ignore_eos=True)
+
+    def drawn(seed):
+        with LLM(checkpoint(), num_blocks=100, max_model_len=64, seed=seed) as fresh:
+            results = fresh.generate([[5, 6, 7, 8]] * 4, params) + fresh.generate([[5, 6, 7, 8]], params)
+        return [tuple(ids) for prompt in tokens(results) for ids in prompt]
+
+    first, again, other = drawn(3), drawn(3), drawn(4)
+    assert len(set(first + other)) == 40  # no two samples share a stream of random numbers
+    assert again == first
+
+
 def test_logprobs_come_with_each_token(llm):
     params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=2, ignore_eos=True)
     output = llm.generate(["Hi"], params)[0].outputs[0]
@@ -95,6 +108,8 @@ def test_two_engines_in_one_process(llm):
 def test_wrong_options_name_the_right_one(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'num_blocks'"):
         LLM(checkpoint(), num_block=3)
+    with pytest.raises(ConfigError, match=r"LLM: cache\.num_blocks: .* 2, got 1"):
+        LLM(checkpoint(), num_blocks=1)
     with pytest.raises(CheckpointError):
         LLM(str(tmp_path))
     with pytest.raises(ConfigError, match="not divide"):

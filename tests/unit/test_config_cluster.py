@@ -57,6 +57,20 @@ def test_the_model_option_wins_over_every_group(path):
     assert ClusterConfig.from_yaml(path, overrides=["nodes.decode.model_dir=/d"]).nodes["decode"].model_dir == "/d"
 
 
+@pytest.mark.parametrize("options", [{}, {"model_dir": "/option"}, {"overrides": ["nodes.mixed.count=2"]}])
+@pytest.mark.parametrize("nodes", ["[mixed]", "mixed", "[1]", "1"])
+def test_nodes_without_names_are_refused_whatever_is_given_beside_the_file(path, nodes, options):
+    path.write_text(f"nodes: {nodes}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: nodes must hold groups by their names, got"):
+        ClusterConfig.from_yaml(path, **options)
+
+
+def test_a_group_called_by_a_number_is_refused_beside_an_override(path):
+    path.write_text("nodes: {1: {role: mixed}}\n")
+    with pytest.raises(ConfigError, match="the groups are 1"):
+        ClusterConfig.from_yaml(path, overrides=["nodes.mixed.count=2"])
+
+
 def test_role_none_is_a_mixed_group(path):
     c = ClusterConfig.from_yaml(with_text(path, "role: prefill, count: 2", "role: none"), overrides=["nodes.decode.role=mixed"])
     assert {group.role for group in c.nodes.values()} == {Role.MIXED}

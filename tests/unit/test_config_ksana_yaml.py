@@ -44,10 +44,11 @@ def test_the_references_prefill_file_loads_unmodified():
     assert c.model.model_dir == "/models/DeepSeek-R1-0528-moe-int4/"
 
 
-def test_the_references_prefill_file_is_answered_with_one_warning_for_each_key_that_is_not_implemented():
+def test_the_references_prefill_file_is_answered_with_one_warning_for_each_key_without_effect():
     loaded = load(EXAMPLES / "ksana_llm_disaggregating_prefill.yaml", substitutions=IPS, num_gpus=8)
     assert warned_keys(loaded) == [
         "batch_scheduler.mtp_step_num",
+        "batch_scheduler.preempt_mode",  # 0 beside a block_host_memory_factor of 0.0
         "batch_scheduler.swap_threadpool_size",
         "block_manager.dynamic_reusable_memory_ratio",
         "connector.circular_bucket_num",
@@ -198,7 +199,6 @@ def test_attributes_of_the_profiler_are_one_key():
     [
         (None, None, ("recompute", 0.0)),
         (0, None, ("swap", 2.0)),  # the reference's default
-        (0, 0.0, ("swap", 0.0)),  # no host blocks: the engine says that it recomputes
         (0, 1.5, ("swap", 1.5)),
         (None, 1.0, ("swap", 1.0)),
         (None, 0.0, ("recompute", 0.0)),
@@ -215,6 +215,35 @@ def test_room_for_swapping_without_swapping_is_answered_with_a_warning():
     sections = {"batch_scheduler": {"preempt_mode": 1}, "block_manager": {"block_host_memory_factor": 1.0}}
     loaded = translate(tree(sections), "f", num_gpus=0)
     assert warned_keys(loaded) == ["block_manager.block_host_memory_factor"] and "preempt_mode is 1" in loaded.warnings[0]
+
+
+def test_swapping_without_room_is_answered_with_a_warning():
+    sections = {"batch_scheduler": {"preempt_mode": 0}, "block_manager": {"block_host_memory_factor": 0.0}}
+    loaded = translate(tree(sections), "f", num_gpus=0)
+    assert warned_keys(loaded) == ["batch_scheduler.preempt_mode"] and "computed again" in loaded.warnings[0]
+    assert loaded.config.scheduler.preemption_mode == "swap"
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "is_idle"), [("bulk", 4, True), ("chunk", 4, True), ("layer", 4, False), ("auto", 4, False), ("bulk", 1, False)]
+)
+def test_layers_per_piece_beside_a_mode_without_pieces_are_answered_with_a_warning(mode, size, is_idle):
+    loaded = translate(tree({"batch_scheduler": {"transfer_layer_chunk_size": size}}, transfer_mode=mode), "f", num_gpus=0)
+    assert warned_keys(loaded) == ["batch_scheduler.transfer_layer_chunk_size"] * is_idle
+    assert not is_idle or f"4 has no effect: ksana_lab.transfer_mode is {mode}" in loaded.warnings[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda"])
+def test_what_is_said_of_gpus_on_a_cpu_is_answered_with_a_warning_each(device):
+    ratios = {"block_device_memory_ratio": 0.5, "reserved_device_memory_ratio": 0.1}
+    loaded = translate(tree({"block_manager": ratios}, device=device, device_ids=[1]), "f", num_gpus=2)
+    expected = ["block_manager.block_device_memory_ratio", "block_manager.reserved_device_memory_ratio", "ksana_lab.device_ids"]
+    assert warned_keys(loaded) == (expected if device == "cpu" else [])
+
+
+def test_defaults_said_aloud_on_a_cpu_are_not_worth_a_warning():
+    ratios = {"block_device_memory_ratio": -1.0, "reserved_device_memory_ratio": 0.05}
+    assert translate(tree({"block_manager": ratios}, device_ids=[]), "f", num_gpus=0).warnings == []
 
 
 def test_the_block_thresholds_are_blocks_to_spare_for_each_sequence():

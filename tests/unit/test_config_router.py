@@ -1,5 +1,7 @@
 """RouterConfig: our fields, the reference's config.ini, and what is refused."""
 
+import re
+
 import pytest
 
 from ksana_lab.config.router import RouterConfig
@@ -52,6 +54,23 @@ def test_a_name_service_that_is_not_ours_is_answered_with_a_warning(tmp_path):
     path.write_text(INI.replace("auto_provider", "polaris_provider"))
     _, warnings = RouterConfig.from_file(path)
     assert len(warnings) == 1 and "name_service_provider" in warnings[0] and "not implemented" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("[name_service]\nnamespace = Test\nprefill_service = p\ndecode_service = d\n", ["namespace", "prefill_service", "decode_service"]),
+        ("[database]\nautocommit = false\n", ["autocommit"]),
+        ("[database]\nstorage_mode = sqlite\nhost = db\npassword = secret\n", ["host", "password"]),
+        ("[database]\nstorage_mode = mysql\nhost = db\npassword = secret\nsqlite_path = ./x.db\n", ["sqlite_path"]),
+        ("[database]\nhost = localhost\nport = 3306\nuser = root\npassword =\nautocommit = True\nsqlite_path = x.db\n", []),
+    ],
+)
+def test_each_key_without_effect_is_answered_with_a_warning(tmp_path, text, keys):
+    (tmp_path / "config.ini").write_text(text)
+    _, warnings = RouterConfig.from_file(tmp_path / "config.ini")
+    assert [re.search(r"\.(\w+)(=\S+)? has no effect: ", warning)[1] for warning in warnings] == keys
+    assert "secret" not in "".join(warnings)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from ksana_lab import launch
 from ksana_lab.config.environment import REQUIRED_VARIABLES
+from ksana_lab.config.ksana_yaml import translate
+from ksana_lab.config.yaml_file import parse_scalar
 
 ROOT = Path(__file__).parents[2]
 GUIDES = [ROOT / "docs" / name for name in ("pd_startup.md", "pd_startup.zh.md")]
@@ -54,6 +56,18 @@ def test_the_guide_quotes_the_missing_variable(guide, capsys, monkeypatch):
         monkeypatch.delenv(name)
     assert launch.main(PREFILL) == 2
     assert capsys.readouterr().err.strip() == quoted(guide, "error: environment variable")
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_the_guide_lists_the_defaults_that_differ(guide):
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \| ([\d.]+) \| ([\d.]+) \|$", guide.read_text(encoding="utf-8"), re.M)
+    assert [key.partition(".")[2] for key, _, _ in rows[:3]] == [
+        "launch_block_threshold", "swapin_block_threshold", "reserved_device_memory_ratio",
+    ]  # fmt: skip
+    bare = {"model_spec": {"base_model": {"model_dir": "/m"}}, "ksana_lab": {"device": "auto"}}
+    for key, theirs, ours in rows:
+        sections = {key.partition(".")[0]: {key.partition(".")[2]: parse_scalar(ours)}}
+        assert theirs != ours and translate({**bare, "setting": sections}, "f", num_gpus=1) == translate(bare, "f", num_gpus=1), key
 
 
 def test_both_guides_show_the_same_commands_and_messages():

@@ -153,6 +153,26 @@ def test_ends_are_masked_until_min_tokens():
     assert [int(sample(made, logits, ends=[1 + i]).token_ids) for i in range(3)] == [9, 9, 1]
 
 
+def test_ends_are_masked_in_the_rows_that_ask_for_it_alone():
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 1], logits[:, 2], logits[:, 9] = 3.0, 2.0, 1.0
+    made = table(*[SamplingParams(temperature=0.0)] * 4)
+    made.set_row(2, SamplingParams(temperature=0.0, min_tokens=3), 0, [5], 1, [1])
+    made.set_row(0, SamplingParams(temperature=0.0, min_tokens=2), 0, [5], 1, [1, 2])
+    assert sample(made, logits, rows=[3, 2, 0], ends=[1, 1, 1]).token_ids.tolist() == [1, 2, 9]
+    assert sample(made, logits, rows=[1, 0, 2], ends=[3, 3, 3]).token_ids.tolist() == [1, 1, 2]  # row 0 has its two tokens
+
+
+def test_penalties_follow_the_sequence_that_has_the_table_row_now():
+    penalized = SamplingParams(temperature=0.0, repetition_penalty=2.0)
+    made = table(*[SamplingParams(temperature=0.0)] * 4)
+    for row, prompt in ((2, [5]), (0, [4]), (2, [6])):  # the sequence of row 2 ended, another has it
+        made.set_row(row, penalized, 0, prompt, 1, [])
+    batch = made.select(np.array([3, 0, 2]), np.array([1, 1, 1]), torch.from_numpy)
+    lowered = made._penalize(torch.ones(3, VOCAB), batch.penalties) < 1
+    assert lowered.nonzero().tolist() == [[1, 4], [2, 6]]
+
+
 def test_ids_that_no_tensor_holds_are_no_tokens_to_mask():
     made = table(SamplingParams())
     made.set_row(0, SamplingParams(min_tokens=1), 0, [5], 1, [-1, 2, 1 << 63, (1 << 64) - 1])

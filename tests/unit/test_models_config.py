@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
+from ksana_lab.config.engine import ModelOptions
 from ksana_lab.errors import CheckpointError, ConfigError
-from ksana_lab.models.config import Llama3RopeScaling, ModelConfig, generated_seed
+from ksana_lab.models.config import DTYPES, SYNTH_SPEC_FILE, Llama3RopeScaling, ModelConfig, generated_seed
 from ksana_lab.models.synth import SHAPES, synthesize
 
 OLD = {
@@ -76,6 +78,17 @@ def test_qwen_architectures_imply_biases_and_norms(tmp_path):
 
 def test_generation_config_decides_where_to_stop(tmp_path):
     assert checkpoint(tmp_path, OLD, {"eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
+    assert checkpoint(tmp_path, OLD, {"eos_token_id": 0}).eos_token_ids == (0,)
+
+
+@pytest.mark.parametrize("nothing", [{}, {"eos_token_id": None}, {"eos_token_id": []}])
+def test_generation_config_without_an_end_leaves_config_json_to_decide(tmp_path, nothing):
+    assert checkpoint(tmp_path, OLD, nothing).eos_token_ids == (2,)
+
+
+def test_a_bad_end_names_the_file_it_stands_in(tmp_path):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json must give eos_token_id .*found 'x'"):
+        checkpoint(tmp_path, OLD, {"eos_token_id": "x"})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +97,7 @@ def test_generation_config_decides_where_to_stop(tmp_path):
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
         ({"hidden_size": None}, "hidden_size"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "incomplete.*low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling\.low_freq_factor as a positive number, found none"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
@@ -93,6 +106,48 @@ def test_generation_config_decides_where_to_stop(tmp_path):
 def test_what_cannot_be_served_is_refused_by_name(tmp_path, change, complaint):
     with pytest.raises(CheckpointError, match=complaint):
         checkpoint(tmp_path, OLD | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"max_position_embeddings": None}, "max_position_embeddings as a positive integer, found None"),
+        ({"num_hidden_layers": True}, "num_hidden_layers as a positive integer, found True"),
+        ({"num_key_value_heads": "4"}, "num_key_value_heads as a positive integer, found '4'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads as a divisor of num_attention_heads 4, found 3"),
+        ({"head_dim": -16}, "head_dim as a positive integer, found -16"),
+        ({"head_dim": 15}, "head_dim as an even number.*found 15"),
+        ({"num_attention_heads": 128}, "head_dim as an even number.*it is 0, found none"),
+        ({"rope_theta": "x"}, "rope_theta as a positive number, found 'x'"),
+        ({"rope_theta": None}, "rope_theta as a positive number, found None"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps as a positive number, found nan"),
+        ({"rope_scaling": "linear"}, "rope_scaling as a mapping, found 'linear'"),
+        ({"rope_parameters": {"rope_theta": None}}, r"rope_parameters\.rope_theta as a positive number, found None"),
+        ({"eos_token_id": "</s>"}, "eos_token_id as a token id or a list of them, found '</s>'"),
+        ({"eos_token_id": [2, None]}, "eos_token_id as a token id"),
+        ({"torch_dtype": "int8"}, "torch_dtype as one of float32, bfloat16, float16, found 'int8'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings as true or false, found 'false'"),
+    ],
+)
+def test_a_bad_value_is_refused_with_file_key_and_value(tmp_path, change, complaint):
+    with pytest.raises(CheckpointError, match=rf"config\.json must give {complaint}"):
+        checkpoint(tmp_path, OLD | change)
+
+
+@pytest.mark.parametrize("architectures", ["MambaForCausalLM", 5, [{}]])
+def test_architectures_of_any_form_are_refused_in_one_line(tmp_path, architectures):
+    with pytest.raises(CheckpointError, match="supported are LlamaForCausalLM"):
+        checkpoint(tmp_path, OLD | {"architectures": architectures})
+
+
+def test_null_heads_mean_their_defaults(tmp_path):
+    config = checkpoint(tmp_path, OLD | {"num_key_value_heads": None, "head_dim": None})
+    assert (config.num_kv_heads, config.head_dim) == (4, 16)
+
+
+def test_the_dtypes_are_those_of_the_option():
+    choices = get_args(ModelOptions.model_fields["dtype"].annotation)
+    assert {"auto", *DTYPES} == set(choices)
 
 
 def test_directory_faults_are_told_apart(tmp_path):
@@ -133,6 +188,9 @@ def test_directory_without_weights_needs_its_seed(tmp_path):
     path = synthesize(tmp_path / "shape", "qwen3", "tiny", seed=7, has_weights=False)
     assert ModelConfig.from_dir(path) == SHAPES["qwen3-tiny"]
     assert generated_seed(path) == 7
+    (path / SYNTH_SPEC_FILE).write_text('{"has_weights": false}')
+    with pytest.raises(CheckpointError, match="seed as an integer, found none"):
+        ModelConfig.from_dir(path)
 
 
 @pytest.mark.parametrize(("size", "local_kv_heads", "first"), [(1, 4, [0]), (2, 2, [0, 2]), (8, 1, [0, 0, 1, 1, 2, 2, 3, 3])])
