@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 
-from ksana_lab.bench._results import Row, write_results
+from ksana_lab.bench._results import Row, check_machine, write_results
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import ALLOCATOR_VARIABLE, engine_environment
 from ksana_lab.engine.engine import Engine
+from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.synth import SHAPES, synthesize
@@ -381,6 +382,11 @@ def main(argv: Sequence[str]) -> int:
     if not args.trial and not torch.cuda.is_available():
         print("error: bench engine measures a GPU, and torch sees none here", file=sys.stderr)
         return 2
+    if args.json:
+        try:
+            check_machine(Path(args.json), scale.device)
+        except ConfigError as error:
+            parser.error(str(error))
     parts, models = args.parts.split(","), ["qwen3-tiny"] if args.trial else args.models.split(",")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -389,7 +395,7 @@ def main(argv: Sequence[str]) -> int:
             print(_line(row), flush=True)
             rows.append(row)
             if args.json:
-                write_results(Path(args.json), rows)
+                write_results(Path(args.json), rows, scale.device)
     return 0
 
 

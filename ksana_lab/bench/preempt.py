@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from ksana_lab.bench._results import Row, write_results
+from ksana_lab.bench._results import Row, check_machine, write_results
 from ksana_lab.bench.engine import offline_run_s
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.engine.engine import Engine
+from ksana_lab.errors import ConfigError
 from ksana_lab.models.synth import synthesize
 
 
@@ -84,14 +85,20 @@ def main(argv: Sequence[str]) -> int:
     if not args.trial and not torch.cuda.is_available():
         print("error: bench preempt measures a GPU, and torch sees none here", file=sys.stderr)
         return 2
+    load = TRIAL if args.trial else GPU
+    if args.json:
+        try:
+            check_machine(Path(args.json), load.device)
+        except ConfigError as error:
+            parser.error(str(error))
     name = "qwen3-tiny" if args.trial else args.model
     arch, _, shape = name.partition("-")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(synthesize(Path(folder, name), arch, shape, has_weights=False))
-        for row in measure(name, model_dir, TRIAL if args.trial else GPU):
+        for row in measure(name, model_dir, load):
             print(f"{row.name:36s} {row.ours:12.1f} {row.unit}", flush=True)
             rows.append(row)
             if args.json:
-                write_results(Path(args.json), rows)
+                write_results(Path(args.json), rows, load.device)
     return 0

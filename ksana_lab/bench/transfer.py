@@ -38,6 +38,7 @@ from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
 from ksana_lab.core.kv_layout import KVLayout
+from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.latency import PER_REQUEST, TTFT_PARTS, tpot_s, ttft_s
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.synth import shape, synthesize
@@ -518,7 +519,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     for name in ("csv", "figure", "json"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.json:
+        try:
+            _results.check_machine(args.json, args.device)
+        except ConfigError as error:
+            parser.error(str(error))
+    return args
 
 
 def _numbers(text: str) -> list[int]:
@@ -531,7 +538,7 @@ def _speeds(text: str) -> list[float | None]:
 
 def _write(args: argparse.Namespace, figures: Sequence[tuple[str, str, float]]) -> None:
     if args.json:
-        _results.write_results(args.json, [_results.Row(name, unit, None, value) for name, unit, value in figures])
+        _results.write_results(args.json, [_results.Row(name, unit, None, value) for name, unit, value in figures], args.device)
 
 
 def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:

@@ -16,8 +16,8 @@ def test_a_ratio_says_how_far_from_the_floor_or_below_the_ceiling():
 
 def test_newer_rows_take_the_place_of_those_of_their_name(tmp_path):
     file = tmp_path / "results" / "engine.json"
-    write_results(file, [Row("a", "ms", 1.0, 2.0), Row("b", "ms", None, 3.0)])
-    write_results(file, [Row("a", "ms", 1.0, 1.5)])
+    write_results(file, [Row("a", "ms", 1.0, 2.0), Row("b", "ms", None, 3.0)], "cpu")
+    write_results(file, [Row("a", "ms", 1.0, 1.5)], "cpu")
     assert [(row["name"], row["ours"]) for row in json.loads(file.read_text())["rows"]] == [("a", 1.5), ("b", 3.0)]
 
 
