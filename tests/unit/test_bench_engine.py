@@ -1,9 +1,14 @@
 """What bench engine makes of its measurements. That its paths work: ``python -m ksana_lab.bench engine --trial`` (and with ``--tp 2``)."""
 
+import itertools
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ksana_lab.bench import engine, kernels
 from ksana_lab.bench._results import Row, write_results
 from ksana_lab.bench.engine import GPU, Ceilings, Floors
 from ksana_lab.models.synth import SHAPES
@@ -29,3 +34,21 @@ def test_floors_of_the_8b_shape_are_its_bytes_and_multiplications():
     assert narrow.decode_s(1, GPU.context) * 1e3 == pytest.approx(2.0, rel=0.03)  # 8.2 GB of weights
     assert narrow.decode_s(256, GPU.context) * 1e3 == pytest.approx(6.6, rel=0.03)
     assert floors.prefill_s(16384) > 2 * floors.prefill_s(8192) and floors.prefill_s(1) == floors.decode_s(1, 0)
+
+
+def test_a_gpus_ceiling_is_the_best_grid_of_the_kernel_that_only_reads(monkeypatch):
+    us_of_grid = {400: 2000.0, 800: 1000.0, 1600: 1500.0}
+    asked: list[int] = []
+    module = SimpleNamespace(read=lambda data, sums, num_programs: asked.append(num_programs))
+    monkeypatch.setitem(sys.modules, "ksana_lab.bench._read_kernel", module)
+    monkeypatch.setattr(kernels, "_DEVICE", "meta")
+    monkeypatch.setattr(kernels, "_num_sms", lambda: 100)
+    monkeypatch.setattr(kernels, "median_us", lambda launch: (launch(0), us_of_grid[asked[-1]])[1])
+    assert engine.read_bytes_per_s(torch.device("cuda")) == pytest.approx((4 << 30) / 1e-3)  # 4 GiB in the 1000 us of the best
+
+
+def test_calls_that_warm_up_are_not_in_a_median(monkeypatch):
+    seconds = [100.0, 100.0, 100.0, *range(1, 11)]
+    stamps = itertools.chain.from_iterable((0.0, each) for each in seconds)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: next(stamps)))
+    assert engine._median_s(lambda: None, torch.device("cpu")) == 5.5
