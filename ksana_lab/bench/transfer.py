@@ -3,14 +3,16 @@
     python -m ksana_lab.bench transfer [--model qwen3-8b] [--backend auto] [--mode bulk,layer] [--tokens 1024,8192] [--gbps none,400]
                                        [--parts link,overlap,fp8] [--end-to-end] [--csv FILE] [--figure FILE] [--json FILE]
 
-``link``: two processes and a link between them; blocks scattered at random on both sides; descriptors, post time and wire time apart, held
-against one contiguous copy of the same bytes in the same run. ``overlap``: a prefill engine here and a decode engine in another process;
+``link``: two processes and a link between them; blocks scattered at random on both sides; descriptors, post time and wire time apart where
+the device takes its own time (elsewhere they are not separable: no post, and the wire is the whole round), held against one contiguous copy
+of the same bytes in the same run. ``overlap``: a prefill engine here and a decode engine in another process;
 prompts with the transfer on and off in turn, since clocks drift. ``--end-to-end``: a mixed node and a 1P1D pair, both behind routers, asked
 in turn. ``fp8``: what KV in eight bits does to the logits, on a model directory of one's own with ``--model-dir``. Weights are random but
 there; on a CPU the same code runs with the tiny model.
 
 Hidden fraction = 1 - exposed / wire, with exposed the time from the last layer's end to the last byte's arrival, and wire the sum over the
-pieces. On a GPU both are taken by its clock; ``exposed_ms`` is the sender's own, up to the acknowledgement."""
+pieces. On a GPU both are taken by its clock; ``exposed_ms`` is the sender's own, up to the acknowledgement. On an emulated link, of which a
+GPU's clock knows nothing, both are the sender's; what the bytes take at the link's speed, and nothing else, is ``nominal_wire_ms``."""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ _HOLD_CYCLES = 100_000_000  # of the GPU, 50 ms: longer than the host posts
 
 @dataclass
 class Row:
-    """One setting. ms are medians; ``gbps`` None = as fast as the hardware."""
+    """One setting. ms are medians; ``gbps`` None = as fast as the hardware; any other None = does not apply, or cannot be told apart."""
 
     part: str
     backend: str
@@ -73,26 +75,31 @@ class Row:
     wire_dtype: str = "auto"
     nbytes: int = 0  # on the wire
     descriptors: int = 0
-    post_ms: float = 0.0
-    wire_ms: float = 0.0
+    post_ms: float | None = None
+    wire_ms: float | None = None  # measured
+    nominal_wire_ms: float | None = None  # emulated links: the bytes over gbps
     total_ms: float = 0.0  # link: until the last acknowledgement; overlap: until P has its token
     reference_ms: float = 0.0  # link: one contiguous copy; overlap: the same prefill with the transfer off
-    exposed_ms: float = 0.0
-    device_exposed_ms: float = 0.0
-    handover_ms: float = 0.0  # from P's token to D's
+    exposed_ms: float | None = None
+    device_exposed_ms: float | None = None
+    handover_ms: float | None = None  # from P's token to D's
 
     @property
-    def bandwidth_ratio(self) -> float:
-        return self.reference_ms / self.wire_ms if self.wire_ms else 0.0
+    def bandwidth_ratio(self) -> float | None:
+        return self.reference_ms / self.wire_ms if self.part == "link" and self.wire_ms else None
 
     @property
-    def hidden_fraction(self) -> float:
-        exposed = self.device_exposed_ms if self.device_exposed_ms else self.exposed_ms
-        return 1.0 - min(1.0, exposed / self.wire_ms) if self.wire_ms else 0.0
+    def bandwidth_gbs(self) -> float | None:
+        return self.nbytes / self.wire_ms / 1e6 if self.part == "link" and self.wire_ms else None
 
     @property
-    def slowdown_pct(self) -> float:
-        return 100 * (self.total_ms / self.reference_ms - 1) if self.reference_ms else 0.0
+    def hidden_fraction(self) -> float | None:
+        exposed = self.exposed_ms if self.device_exposed_ms is None else self.device_exposed_ms  # by the clock that took wire_ms
+        return None if exposed is None or not self.wire_ms else 1.0 - min(1.0, exposed / self.wire_ms)
+
+    @property
+    def slowdown_pct(self) -> float | None:
+        return 100 * (self.total_ms / self.reference_ms - 1) if self.part == "overlap" and self.reference_ms else None
 
     def line(self) -> str:
         where = (
@@ -100,14 +107,21 @@ class Row:
         )
         if self.part == "link":
             return (
-                f"{where}  {self.descriptors:6d} descr  post {self.post_ms:7.3f}  wire {self.wire_ms:8.3f}  total {self.total_ms:8.3f} ms  "
-                f"{self.nbytes / self.wire_ms / 1e6 if self.wire_ms else 0:7.1f} GB/s  {self.bandwidth_ratio:.3f} of contiguous"
+                f"{where}  {self.descriptors:6d} descr  post {_shown(self.post_ms, '7.3f')}  wire {_shown(self.wire_ms, '8.3f')}  "
+                f"total {self.total_ms:8.3f} ms  {_shown(self.bandwidth_gbs, '7.1f')} GB/s  "
+                f"{_shown(self.bandwidth_ratio, '.3f')} of contiguous{'' if self.post_ms is not None else '; post and wire not separable'}"
             )
+        nominal = "" if self.nominal_wire_ms is None else f" (nominal {self.nominal_wire_ms:.3f})"
         return (
-            f"{where}  prefill {self.total_ms:8.2f} (off {self.reference_ms:8.2f}, {self.slowdown_pct:+5.1f}%)  wire {self.wire_ms:8.3f}  "
-            f"exposed {self.exposed_ms:7.3f} device {self.device_exposed_ms:6.3f}  hidden {self.hidden_fraction:.3f}  "
-            f"handover {self.handover_ms:7.3f} ms"
+            f"{where}  prefill {self.total_ms:8.2f} (off {self.reference_ms:8.2f}, {_shown(self.slowdown_pct, '+5.1f')}%)  "
+            f"wire {_shown(self.wire_ms, '8.3f')}{nominal}  exposed {_shown(self.exposed_ms, '7.3f')} "
+            f"device {_shown(self.device_exposed_ms, '6.3f')}  hidden {_shown(self.hidden_fraction, '.3f')}  "
+            f"handover {_shown(self.handover_ms, '7.3f')} ms"
         )
+
+
+def _shown(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 # ---- the data plane alone --------------------------------------------------------------------------------------------
@@ -194,6 +208,7 @@ def _measure_one(
     row = Row("link", name, mode, tokens, nbytes=tokens * layout.token_bytes, descriptors=sum(len(runs) for runs, _ in writes))
     is_behind = link.is_device_ordered and mode == "layer"  # as beside a prefill
     post, wire, total = [], [], []
+    has_clock = True
     for i in range(2 * rounds + 2 if is_behind else rounds + 2):
         fresh = {id(runs): runs.copy() for runs, _ in writes}  # every prompt has blocks of its own, whose list is uploaded once
         is_held = is_behind and i % 2 == 0  # until all is posted, so that the device's times are the wire's and not the host's
@@ -216,14 +231,18 @@ def _measure_one(
         while acks.count < before + len(writes):
             assert time.monotonic() < deadline and acks.lost is None, acks.lost or "no acknowledgement"
             time.sleep(20e-6)
+        round_s = time.perf_counter() - begin
         if i < 2:  # they warm up
             continue
         if not is_held:
-            total.append(time.perf_counter() - begin)
+            total.append(round_s)
             post.append(posted)
         if is_held or not is_behind:
-            wire.append(sum(t.wire_s for t in tickets if isinstance(t, DeviceTicket)) or time.perf_counter() - begin)
-    row.post_ms, row.wire_ms, row.total_ms = (1e3 * statistics.median(times) for times in (post, wire, total))
+            times = [t.wire_s for t in tickets if isinstance(t, DeviceTicket)]
+            has_clock = len(times) == len(tickets)
+            wire.append(sum(times) if has_clock else round_s)
+    row.wire_ms, row.total_ms = (1e3 * statistics.median(seconds) for seconds in (wire, total))
+    row.post_ms = 1e3 * statistics.median(post) if has_clock else None
     _check_bytes(cache, peer, [shifted(runs, (offset, offset)) for runs, offset in writes])
     row.reference_ms = 1e3 * _reference_s(link, row.nbytes)
     return row
@@ -309,21 +328,7 @@ class _Overlap:
                     samples[key].append(sample)
         middle = {key: {name: statistics.median(s[name] for s in seen) for name in seen[0]} for key, seen in samples.items()}
         off_ms = middle[None]["prefill_s"] * 1e3
-        rows = []
-        for key in settings:
-            found = middle[key]
-            wire_s = found["device_wire_s"] or found["wire_s"]
-            if key.gbps is not None:
-                wire_s = found["bytes_sent"] * 8 / (key.gbps * 1e9)
-            rows.append(
-                Row(
-                    "overlap", backend, key.mode, length, key.gbps, nbytes=int(found["bytes_sent"]), descriptors=int(found["copies"]),
-                    post_ms=found["post_s"] * 1e3, wire_ms=wire_s * 1e3, total_ms=found["prefill_s"] * 1e3, reference_ms=off_ms,
-                    exposed_ms=found["exposed_s"] * 1e3, handover_ms=found["handover_s"] * 1e3,
-                    device_exposed_ms=0.0 if key.gbps is not None else found["device_exposed_s"] * 1e3,
-                )
-            )  # fmt: skip
-        return rows
+        return [overlap_row(key, backend, length, middle[key], off_ms) for key in settings]
 
     def _once(self, length: int, setting: Setting | None) -> dict[str, float]:
         pair = self._pair
@@ -361,6 +366,19 @@ class _Overlap:
         while not self._prefill.status().transfer.get("state_announced", 0.0):
             assert time.monotonic() < deadline, "the decode node announces nothing"
             time.sleep(100e-6)
+
+
+def overlap_row(setting: Setting, backend: str, length: int, found: dict[str, float], off_ms: float) -> Row:
+    """``found``: what the sender counted for one prompt. The device's clock counts where it ticked, except on an emulated link: there it
+    knows only of the copy behind it."""
+    is_device = setting.gbps is None and found["device_wire_s"] > 0
+    return Row(
+        "overlap", backend, setting.mode, length, setting.gbps, nbytes=int(found["bytes_sent"]), descriptors=int(found["copies"]),
+        post_ms=found["post_s"] * 1e3, wire_ms=found["device_wire_s" if is_device else "wire_s"] * 1e3,
+        nominal_wire_ms=None if setting.gbps is None else found["bytes_sent"] * 8 / (setting.gbps * 1e9) * 1e3,
+        total_ms=found["prefill_s"] * 1e3, reference_ms=off_ms, exposed_ms=found["exposed_s"] * 1e3,
+        device_exposed_ms=found["device_exposed_s"] * 1e3 if is_device else None, handover_ms=found["handover_s"] * 1e3,
+    )  # fmt: skip
 
 
 def _note(ended: dict[str, float], role: str, updates: Sequence[SequenceUpdate]) -> None:
@@ -543,27 +561,28 @@ def _write(args: argparse.Namespace, figures: Sequence[tuple[str, str, float]]) 
 
 def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
     """The figures that ``docs/results/transfer.json`` keeps, of the fastest backend measured first."""
-    out: dict[str, tuple[str, float]] = {}
+    out: dict[str, tuple[str, float | None]] = {}
     for row in rows:
         link = ("" if row.gbps is None else f".{row.gbps:g}gbps") + ("" if row.wire_dtype == "auto" else f".{row.wire_dtype}")
         if row.part == "link":
             out.setdefault(f"bandwidth_ratio.{row.mode}.{row.tokens}", ("x", row.bandwidth_ratio))
-            out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.nbytes / row.wire_ms / 1e6))
+            out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.bandwidth_gbs))
         else:
             out[f"hidden_fraction.{row.mode}.{row.tokens}{link}"] = ("", row.hidden_fraction)
             out[f"exposed_ms.{row.mode}.{row.tokens}{link}"] = ("ms", row.exposed_ms)
             if row.gbps is None:
                 out[f"prefill_slowdown_pct.{row.mode}.{row.tokens}{link}"] = ("%", row.slowdown_pct)
-    return [(name, unit, value) for name, (unit, value) in out.items()]
+    return [(name, unit, value) for name, (unit, value) in out.items() if value is not None]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """What does not apply to a row is an empty cell."""
+    derived = ("bandwidth_ratio", "hidden_fraction", "slowdown_pct")
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), "bandwidth_ratio", "hidden_fraction", "slowdown_pct"])
+        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *derived])
         writer.writeheader()
         for row in rows:
-            derived = {"bandwidth_ratio": row.bandwidth_ratio, "hidden_fraction": row.hidden_fraction, "slowdown_pct": row.slowdown_pct}
-            writer.writerow(asdict(row) | derived)
+            writer.writerow(asdict(row) | {name: getattr(row, name) for name in derived})
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -581,7 +600,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     drawn: dict[str, Any] = {}
     for axes, gbps in zip(panels[0], speeds, strict=True):
         for mode in dict.fromkeys(row.mode for row in rows):
-            points = sorted((row.tokens, row.exposed_ms) for row in rows if (row.gbps, row.mode) == (gbps, mode))
+            points = sorted((row.tokens, row.exposed_ms or 0.0) for row in rows if (row.gbps, row.mode) == (gbps, mode))
             if points:
                 (drawn[mode],) = axes.plot(*zip(*points, strict=True), **_STYLES[mode])
         axes.set(title="hardware's own link" if gbps is None else f"{gbps:g} Gb/s", xlabel="prompt tokens", xscale="log", yscale="log")
