@@ -24,6 +24,7 @@ class Row:
     unit: str
     floor: float | None
     ours: float
+    note: str = ""  # what takes trust from the figure
 
     @property
     def ratio(self) -> float | None:
@@ -39,9 +40,13 @@ def write_results(path: Path, rows: Sequence[Row], device: str) -> None:
     check_machine(path, device)
     origin = dict(zip(_ORIGIN, (datetime.date.today().isoformat(), machine_of(device), _commit()), strict=True))
     kept = {row["name"]: row for row in read_rows(path)} if path.exists() else {}
-    kept.update({row.name: asdict(row) | origin for row in rows})
+    kept.update({row.name: _fields(row) | origin for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"rows": list(kept.values())}, indent=1) + "\n", encoding="utf-8")
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name != "note" or value}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 
+from ksana_lab.bench._answers import all_answered, note_of
 from ksana_lab.bench._results import Row, check_machine, write_results
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import ALLOCATOR_VARIABLE, engine_environment
 from ksana_lab.engine.engine import Engine
 from ksana_lab.errors import ConfigError
-from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.synth import SHAPES, synthesize
 from ksana_lab.protocol.engine import AddRequest
@@ -320,28 +320,21 @@ def measure_served(name: str, model_dir: str, floors: Floors, scale: Scale) -> I
             url = next(p["url"] for p in cluster.status()["processes"] if p["role"] == "mixed")
             for length in scale.lengths:
                 spec = _fixed(length, 8, num_requests=scale.rounds, users=1, num_warmup=1, vocab_size=vocab_size)
-                times = [client_ttft_s(record) for record in _all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))]
-                ours = statistics.median(t for t in times if t is not None)
-                yield Row(f"{name}.served_ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ours * 1e3)
+                records = all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
+                ours = statistics.median(t for record in records if (t := client_ttft_s(record)) is not None)
+                yield Row(f"{name}.served_ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ours * 1e3, note_of(records))
             spec = _fixed(*scale.served, num_requests=scale.num_served, rate=4.0, num_warmup=2, vocab_size=vocab_size)
-            records = _all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
+            records = all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
             for kind, function in (("ttft", client_ttft_s), ("tpot", tpot_s)):
                 values = sorted(value for record in records if (value := function(record)) is not None)
                 for percent in (50, 99):
                     at = values[min(len(values) - 1, round(percent / 100 * (len(values) - 1)))]
-                    yield Row(f"{name}.served4rps.{kind}_p{percent}_ms", "ms", None, at * 1e3)
+                    yield Row(f"{name}.served4rps.{kind}_p{percent}_ms", "ms", None, at * 1e3, note_of(records))
 
 
 def _fixed(prompt: int, output: int, **fields: Any) -> dict[str, Any]:
     lengths = {"prompt_tokens": {"kind": "fixed", "tokens": prompt}, "output_tokens": {"kind": "fixed", "tokens": output}}
     return {**lengths, **fields}
-
-
-def _all_answered(records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
-    """A run with failed requests is no figure."""
-    failed = [record.error for record in records if record.error]
-    assert not failed, f"{len(failed)} of {len(records)} requests failed: {failed[0]}"
-    return records
 
 
 def _served_cluster(model_dir: str, scale: Scale) -> dict[str, Any]:
@@ -434,7 +427,7 @@ def _all_rows(folder: str, models: Sequence[str], parts: Sequence[str], tp: int,
 def _line(row: Row) -> str:
     floor = "" if row.floor is None else f"{row.floor:10.3f}"
     ratio = "" if row.ratio is None else f"{row.ratio:6.2f}x"
-    return f"{row.name:36s} floor {floor:>10s}  ours {row.ours:12.3f} {row.unit:9s} {ratio}"
+    return f"{row.name:36s} floor {floor:>10s}  ours {row.ours:12.3f} {row.unit:9s} {ratio}{f'  ({row.note})' if row.note else ''}"
 
 
 def _median_s(call: Callable[[], object], device: torch.device, num: int = 10) -> float:

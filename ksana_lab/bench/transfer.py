@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from ksana_lab.bench import _results
+from ksana_lab.bench._answers import all_answered, note_of
 from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
@@ -391,11 +392,10 @@ def _note(ended: dict[str, float], role: str, updates: Sequence[SequenceUpdate])
 # ---- as a client sees it ---------------------------------------------------------------------------------------------
 
 
-def measure_end_to_end(
-    model_dir: str, lengths: Sequence[int], device: str, rounds: int, rate_requests: int
-) -> Iterator[tuple[str, str, float]]:
-    """(name, unit, value). Both clusters run at once and are asked in turns of random order, alone; P shares its GPU with the mixed node,
-    which is idle then. The first request of a turn does not count: what the GPU did before it is the other cluster's business."""
+def measure_end_to_end(model_dir: str, lengths: Sequence[int], device: str, rounds: int, rate_requests: int) -> Iterator[_results.Row]:
+    """Both clusters run at once and are asked in turns of random order, alone; P shares its GPU with the mixed node,
+    which is idle then. The first request of a turn does not count: what the GPU did before it is the other cluster's business. Raises
+    KsanaLabError when a request fails; a figure of answers whose client lagged has a note."""
     from ksana_lab.cluster.local import Cluster
     from ksana_lab.tracing.phases import add_phases
     from ksana_lab.workload.loadgen import play
@@ -417,24 +417,15 @@ def measure_end_to_end(
                 for i in range(rounds + 1):
                     for name in dice.sample(list(clusters), len(clusters)):
                         spec = WorkloadSpec.from_dict(_fixed(length, 16, num_requests=_PER_TURN, users=1, num_warmup=1, seed=i))
-                        records = play(clusters[name].url, spec, progress=False)
+                        records = all_answered(play(clusters[name].url, spec, progress=False))
                         found[name] += records if i else []  # the first round warms up
-                medians = {name: statistics.median(1e3 * t for r in records if (t := ttft_s(r))) for name, records in found.items()}
-                added = medians["pd"] - medians["mixed"]
-                yield f"ttft_ms.mixed.{length}", "ms", medians["mixed"]
-                yield f"ttft_ratio.{length}", "x", medians["pd"] / medians["mixed"]
-                yield f"ttft_added_ms.{length}", "ms", added
-                gaps = [1e3 * (r.token_times_s[1] - r.token_times_s[0]) for r in found["pd"] if len(r.token_times_s) > 2]
-                steps = [1e3 * (b - a) for r in found["pd"] for a, b in itertools.pairwise(r.token_times_s[1:])]
-                if gaps and steps:
-                    yield f"first_gap_added_ms.{length}", "ms", statistics.median(gaps) - statistics.median(steps)
+                yield from _compared(found, length)
             if rate_requests:
                 spec = WorkloadSpec.from_dict(_fixed(min(4096, longest), 128, num_requests=rate_requests, rate=8.0, num_warmup=2))
-                records = play(clusters["pd"].url, spec, progress=False)
+                records = all_answered(play(clusters["pd"].url, spec, progress=False))
                 for name, function, percent in (("ttft_p50", ttft_s, 50), ("tpot_p50", tpot_s, 50), ("tpot_p99", tpot_s, 99)):
                     values = [1e3 * value for record in records if (value := function(record)) is not None]
-                    yield f"pd_8rps.{name}_ms", "ms", float(np.percentile(values, percent))
-                yield "pd_8rps.failed", "requests", float(sum(not record.is_ok for record in records))
+                    yield _results.Row(f"pd_8rps.{name}_ms", "ms", None, float(np.percentile(values, percent)), note_of(records))
         finally:
             for cluster in clusters.values():
                 cluster.close()
@@ -442,7 +433,21 @@ def measure_end_to_end(
             add_phases(records, Path(folder, name))
             for part in (*TTFT_PARTS, "exposed_transfer_s"):
                 if values := [1e3 * value for record in records if (value := PER_REQUEST[part](record)) is not None]:
-                    yield f"part_ms.{part.removesuffix('_s')}.{name}.{length}", "ms", statistics.median(values)
+                    name_of_part = f"part_ms.{part.removesuffix('_s')}.{name}.{length}"
+                    yield _results.Row(name_of_part, "ms", None, statistics.median(values), note_of(records))
+
+
+def _compared(found: dict[str, list[RequestRecord]], length: int) -> Iterator[_results.Row]:
+    """The pair beside the mixed node, both at prompts of one length."""
+    mixed, pd = (statistics.median(1e3 * t for r in found[name] if (t := ttft_s(r)) is not None) for name in ("mixed", "pd"))
+    note = note_of([*found["mixed"], *found["pd"]])
+    yield _results.Row(f"ttft_ms.mixed.{length}", "ms", None, mixed, note)
+    yield _results.Row(f"ttft_ratio.{length}", "x", None, pd / mixed, note)
+    yield _results.Row(f"ttft_added_ms.{length}", "ms", None, pd - mixed, note)
+    gaps = [1e3 * (r.token_times_s[1] - r.token_times_s[0]) for r in found["pd"] if len(r.token_times_s) > 2]
+    steps = [1e3 * (b - a) for r in found["pd"] for a, b in itertools.pairwise(r.token_times_s[1:])]
+    if gaps and steps:
+        yield _results.Row(f"first_gap_added_ms.{length}", "ms", None, statistics.median(gaps) - statistics.median(steps), note)
 
 
 def _fixed(prompt: int, output: int, **more: Any) -> dict[str, Any]:
@@ -483,7 +488,7 @@ def main(argv: Sequence[str]) -> int:
     arch, _, shape_name = args.model.partition("-")
     backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
     rows: list[Row] = []
-    figures: list[tuple[str, str, float]] = []
+    figures: list[_results.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(synthesize(Path(folder, args.model), arch, shape_name, has_weights=args.device != "cuda"))
         if "link" in args.parts:
@@ -493,14 +498,14 @@ def main(argv: Sequence[str]) -> int:
             settings = [Setting(mode, gbps) for gbps in args.gbps for mode in args.mode if gbps is None or mode != "auto"]
             for row in measure_overlap(model_dir, args.backend, settings, args.tokens, args.device, args.rounds, args.wire_dtype):
                 _keep(row, rows, args)
-        figures += named(rows)
+        figures += [_results.Row(name, unit, None, value) for name, unit, value in named(rows)]
         if "fp8" in args.parts:
             for name, unit, value in measure_fp8(args.model_dir or model_dir, args.device, prompt_tokens=max(args.tokens)):
                 print(f"{name:36s} {value:10.5f} {unit}", flush=True)
-                figures.append((name, unit, value))
+                figures.append(_results.Row(name, unit, None, value))
         if args.end_to_end:
             for figure in measure_end_to_end(model_dir, args.tokens, args.device, args.rounds, args.rate_requests):
-                print(f"{figure[0]:32s} {figure[2]:10.3f} {figure[1]}", flush=True)
+                print(f"{figure.name:32s} {figure.ours:10.3f} {figure.unit}{f'  ({figure.note})' if figure.note else ''}", flush=True)
                 figures.append(figure)
                 _write(args, figures)
     for name, unit, value in named(rows):
@@ -554,9 +559,9 @@ def _speeds(text: str) -> list[float | None]:
     return [None if part == "none" else float(part) for part in text.split(",")]
 
 
-def _write(args: argparse.Namespace, figures: Sequence[tuple[str, str, float]]) -> None:
+def _write(args: argparse.Namespace, figures: Sequence[_results.Row]) -> None:
     if args.json:
-        _results.write_results(args.json, [_results.Row(name, unit, None, value) for name, unit, value in figures], args.device)
+        _results.write_results(args.json, figures, args.device)
 
 
 def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
