@@ -34,7 +34,6 @@ from ksana_lab.bench._results import Row, check_machine, write_results
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import ALLOCATOR_VARIABLE, engine_environment
 from ksana_lab.engine.engine import Engine
-from ksana_lab.errors import ConfigError
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.synth import SHAPES, synthesize
 from ksana_lab.protocol.engine import AddRequest
@@ -384,10 +383,7 @@ def main(argv: Sequence[str]) -> int:
         print("error: bench engine measures a GPU, and torch sees none here", file=sys.stderr)
         return 2
     if args.json:
-        try:
-            check_machine(Path(args.json), scale.device)
-        except ConfigError as error:
-            parser.error(str(error))
+        check_machine(Path(args.json), scale.device)
     parts, models = args.parts.split(","), ["qwen3-tiny"] if args.trial else args.models.split(",")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

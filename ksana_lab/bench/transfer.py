@@ -41,7 +41,6 @@ from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
 from ksana_lab.core.kv_layout import KVLayout
-from ksana_lab.errors import ConfigError
 from ksana_lab.metrics.latency import PER_REQUEST, TTFT_PARTS, tpot_s, ttft_s
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.synth import shape, synthesize
@@ -485,6 +484,8 @@ def _cluster(model_dir: str, kind: str, device: str, longest: int) -> dict[str, 
 
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
+    if args.json:
+        _results.check_machine(args.json, args.device)
     arch, _, shape_name = args.model.partition("-")
     backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
     rows: list[Row] = []
@@ -542,13 +543,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     for name in ("csv", "figure", "json"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE")
-    args = parser.parse_args(argv)
-    if args.json:
-        try:
-            _results.check_machine(args.json, args.device)
-        except ConfigError as error:
-            parser.error(str(error))
-    return args
+    return parser.parse_args(argv)
 
 
 def _numbers(text: str) -> list[int]:
