@@ -52,8 +52,12 @@ def test_a_load_adds_up_its_rounds():
     assert (load.router_cpu_s, load.stub_cpu_s, load.client_cpu_s) == (0.75, 1.5, 3.0)
 
 
-def test_a_processes_cpu_time_is_user_and_system():
-    assert router._cpu_of(SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=1.5, system=0.25, iowait=9.0))) == 1.75
+def test_cpu_time_is_user_and_system_of_the_router_of_all_stubs_and_of_this_process():
+    def process(user, system):
+        return SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=user, system=system, iowait=9.0))
+
+    router_s, stubs_s, client_s = Bench("", "", process(1.5, 0.25), [process(1.0, 2.0), process(4.0, 8.0)], b"")._cpu_s()
+    assert (router_s, stubs_s) == (1.75, 15.0) and client_s > 0  # it has imported something
 
 
 def test_the_clock_of_saturation_starts_when_all_streams_are_connected(monkeypatch):
@@ -115,4 +119,3 @@ def test_a_small_run_measures_both_ways(tmp_path):
     assert rows["direct.c1"]["requests"] == rows["routed.c1"]["requests"] == 5
     assert min(rows[name]["first_byte_ms"]["p50"] for name in ("direct.c1", "routed.c1")) >= 19.0  # the stub's own time is in both
     assert rows["routed.full"]["requests"] >= 4 and 0.4 * rows["routed.full"]["rps"] <= rows["routed.full"]["requests"]
-    assert rows["routed.full"]["cpu_ms_per_request"]["client"] > 0  # asking takes time of this process
