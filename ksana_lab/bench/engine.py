@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-from ksana_lab.bench._results import Row, write_results
+from ksana_lab.bench._answers import all_answered, note_of
+from ksana_lab.bench._results import Row, check_machine, write_results
 from ksana_lab.config.engine import EngineConfig
 from ksana_lab.config.environment import ALLOCATOR_VARIABLE, engine_environment
 from ksana_lab.engine.engine import Engine
-from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.models.synth import SHAPES, synthesize
 from ksana_lab.protocol.engine import AddRequest
@@ -81,14 +81,22 @@ class Ceilings:
 
     @classmethod
     def measure(cls, device: torch.device) -> Ceilings:
-        """Read bandwidth of a reduction over 4 GiB; rate of an 8192³ product in bf16. Medians of 10 after warm-up. (A CPU: less.)"""
+        """Read bandwidth; rate of an 8192³ product in bf16 (a CPU: less), the median of 10 after warm-up."""
         size = 8192 if device.type == "cuda" else 256
-        data = torch.randn(size << (17 if device.type == "cuda" else 10), device=device)
-        read = data.numel() * 4 / _median_s(lambda: data.sum(), device)
         a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
         b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
         rate = 2 * size**3 / _median_s(lambda: a @ b, device)
-        return cls(read, rate)
+        return cls(read_bytes_per_s(device), rate)
+
+
+def read_bytes_per_s(device: torch.device) -> float:
+    """Of a GPU by a kernel that only reads: a sum by torch stays 8% below that on an H200. A CPU sums 1 MiB."""
+    if device.type == "cuda":
+        from ksana_lab.bench import kernels
+
+        return kernels.read_bytes_per_s()
+    data = torch.randn(256 << 10)
+    return data.numel() * 4 / _median_s(data.sum, device)
 
 
 @dataclass(frozen=True)
@@ -311,28 +319,21 @@ def measure_served(name: str, model_dir: str, floors: Floors, scale: Scale) -> I
             url = next(p["url"] for p in cluster.status()["processes"] if p["role"] == "mixed")
             for length in scale.lengths:
                 spec = _fixed(length, 8, num_requests=scale.rounds, users=1, num_warmup=1, vocab_size=vocab_size)
-                times = [client_ttft_s(record) for record in _all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))]
-                ours = statistics.median(t for t in times if t is not None)
-                yield Row(f"{name}.served_ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ours * 1e3)
+                records = all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
+                ours = statistics.median(t for record in records if (t := client_ttft_s(record)) is not None)
+                yield Row(f"{name}.served_ttft_ms.{length}", "ms", floors.prefill_s(length) * 1e3, ours * 1e3, note_of(records))
             spec = _fixed(*scale.served, num_requests=scale.num_served, rate=4.0, num_warmup=2, vocab_size=vocab_size)
-            records = _all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
+            records = all_answered(play(url, WorkloadSpec.from_dict(spec), progress=False))
             for kind, function in (("ttft", client_ttft_s), ("tpot", tpot_s)):
                 values = sorted(value for record in records if (value := function(record)) is not None)
                 for percent in (50, 99):
                     at = values[min(len(values) - 1, round(percent / 100 * (len(values) - 1)))]
-                    yield Row(f"{name}.served4rps.{kind}_p{percent}_ms", "ms", None, at * 1e3)
+                    yield Row(f"{name}.served4rps.{kind}_p{percent}_ms", "ms", None, at * 1e3, note_of(records))
 
 
 def _fixed(prompt: int, output: int, **fields: Any) -> dict[str, Any]:
     lengths = {"prompt_tokens": {"kind": "fixed", "tokens": prompt}, "output_tokens": {"kind": "fixed", "tokens": output}}
     return {**lengths, **fields}
-
-
-def _all_answered(records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
-    """A run with failed requests is no figure."""
-    failed = [record.error for record in records if record.error]
-    assert not failed, f"{len(failed)} of {len(records)} requests failed: {failed[0]}"
-    return records
 
 
 def _served_cluster(model_dir: str, scale: Scale) -> dict[str, Any]:
@@ -381,6 +382,8 @@ def main(argv: Sequence[str]) -> int:
     if not args.trial and not torch.cuda.is_available():
         print("error: bench engine measures a GPU, and torch sees none here", file=sys.stderr)
         return 2
+    if args.json:
+        check_machine(Path(args.json), scale.device)
     parts, models = args.parts.split(","), ["qwen3-tiny"] if args.trial else args.models.split(",")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -389,7 +392,7 @@ def main(argv: Sequence[str]) -> int:
             print(_line(row), flush=True)
             rows.append(row)
             if args.json:
-                write_results(Path(args.json), rows)
+                write_results(Path(args.json), rows, scale.device)
     return 0
 
 
@@ -420,22 +423,25 @@ def _all_rows(folder: str, models: Sequence[str], parts: Sequence[str], tp: int,
 def _line(row: Row) -> str:
     floor = "" if row.floor is None else f"{row.floor:10.3f}"
     ratio = "" if row.ratio is None else f"{row.ratio:6.2f}x"
-    return f"{row.name:36s} floor {floor:>10s}  ours {row.ours:12.3f} {row.unit:9s} {ratio}"
+    return f"{row.name:36s} floor {floor:>10s}  ours {row.ours:12.3f} {row.unit:9s} {ratio}{f'  ({row.note})' if row.note else ''}"
 
 
 def _median_s(call: Callable[[], object], device: torch.device, num: int = 10) -> float:
-    times = []
-    for i in range(num + 3):
-        if device.type != "cuda":
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-            continue
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        if i >= 3:
-            times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    """Of ``num`` calls after three that warm up; of a GPU by its own clock."""
+    time_s = _gpu_s if device.type == "cuda" else _host_s
+    return statistics.median([time_s(call) for _ in range(num + 3)][3:])
+
+
+def _gpu_s(call: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _host_s(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -46,7 +46,7 @@ FIGURES = (
     ),
     Figure("fp8_wire", 2, 60, _TRANSFER + "--parts fp8"),
     Figure("kernels", 1, 90, "ksana_lab.bench kernels --json {out}/kernels.json"),
-    Figure("preempt", 1, 120, "ksana_lab.bench preempt --json {out}/preempt.json"),
+    Figure("preempt", 1, 180, "ksana_lab.bench preempt --json {out}/preempt.json"),
 )  # fmt: skip
 
 

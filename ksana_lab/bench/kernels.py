@@ -142,14 +142,19 @@ def median_us(launch: Callable[[int], object], copies: int = 1, replays: int = 9
 
 
 def measure_ceilings() -> Ceilings:
+    a, b = (_random(8192, 8192) for _ in range(2))
+    return Ceilings(read_bytes_per_s(), 2 * 8192**3 / median_us(lambda _: a @ b) * 1e6)
+
+
+def read_bytes_per_s() -> float:
+    """Of 4 GiB by a kernel that only reads, in the best of three grids."""
     from ksana_lab.bench._read_kernel import read
 
     data = torch.randn(1 << 30, device=_DEVICE)
     sums = torch.empty(1 << 16, device=_DEVICE)
     grids = [_num_sms() * n for n in (4, 8, 16)]
     best_us = min(median_us(lambda _, n=n: read(data, sums, n)) for n in grids)  # type: ignore[misc]
-    a, b = (_random(8192, 8192) for _ in range(2))
-    return Ceilings(data.numel() * 4 / best_us * 1e6, 2 * 8192**3 / median_us(lambda _: a @ b) * 1e6)
+    return data.numel() * 4 / best_us * 1e6
 
 
 def measure(shape: Shape, ceilings: Ceilings, batches: Sequence[int], context: int, prompts: Sequence[int]) -> Iterator[Row]:

@@ -93,13 +93,24 @@ def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 256) -> Co
                 cpu[name].append(time.process_time() - cpu_begin)
         llm.close()
         (log,) = read_logs(folder)
-    ratios = sorted(100 * (1 - a / b) for a, b in zip(seconds["off"], seconds["on"], strict=True))
+    num_events = len(log.events) / (num_pairs + 1)  # the warm-up is recorded, too
+    return cost_of(seconds, cpu, _NUM_PROMPTS * num_tokens, num_events, event_us(), log.dropped or 0)
+
+
+def cost_of(
+    seconds: dict[str, list[float]],
+    cpu: dict[str, list[float]],
+    num_tokens: int,
+    num_events: float,
+    event: tuple[float, float],
+    dropped: int,
+) -> Cost:
+    """``seconds`` and ``cpu``: of each pair's turn "off" and "on"; ``num_tokens``, ``num_events``: of one turn; ``event``: as event_us."""
+    ratios = [100 * (1 - a / b) for a, b in zip(seconds["off"], seconds["on"], strict=True)]
     cpu_ratios = [100 * (1 - a / b) for a, b in zip(cpu["off"], cpu["on"], strict=True)]
-    tokens = _NUM_PROMPTS * num_tokens
-    rate_off, rate_on = (tokens / statistics.median(seconds[name]) for name in ("off", "on"))
-    events = len(log.events) / (tokens * (num_pairs + 1))
-    own, whole = event_us()
+    rate_off, rate_on = (num_tokens / statistics.median(seconds[name]) for name in ("off", "on"))
     quartiles = statistics.quantiles(ratios, n=4)
+    own_us, whole_us = event
     return Cost(
         cost_percent=statistics.median(ratios),
         cost_low_percent=quartiles[0],
@@ -107,12 +118,12 @@ def measure(model_dir: str, *, num_pairs: int = 12, num_tokens: int = 256) -> Co
         cpu_percent=statistics.median(cpu_ratios),
         tokens_per_s_off=rate_off,
         tokens_per_s_on=rate_on,
-        events_per_token=events,
-        event_us=own,
-        event_cpu_us=whole,
-        estimated_percent=100 * events * whole * rate_off / 1e6,
-        dropped=log.dropped or 0,
-        num_pairs=num_pairs,
+        events_per_token=num_events / num_tokens,
+        event_us=own_us,
+        event_cpu_us=whole_us,
+        estimated_percent=100 * num_events / num_tokens * whole_us * rate_off / 1e6,
+        dropped=dropped,
+        num_pairs=len(ratios),
     )
 
 

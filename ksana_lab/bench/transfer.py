@@ -3,14 +3,16 @@
     python -m ksana_lab.bench transfer [--model qwen3-8b] [--backend auto] [--mode bulk,layer] [--tokens 1024,8192] [--gbps none,400]
                                        [--parts link,overlap,fp8] [--end-to-end] [--csv FILE] [--figure FILE] [--json FILE]
 
-``link``: two processes and a link between them; blocks scattered at random on both sides; descriptors, post time and wire time apart, held
-against one contiguous copy of the same bytes in the same run. ``overlap``: a prefill engine here and a decode engine in another process;
+``link``: two processes and a link between them; blocks scattered at random on both sides; descriptors, post time and wire time apart where
+the device takes its own time (elsewhere they are not separable: no post, and the wire is the whole round), held against one contiguous copy
+of the same bytes in the same run. ``overlap``: a prefill engine here and a decode engine in another process;
 prompts with the transfer on and off in turn, since clocks drift. ``--end-to-end``: a mixed node and a 1P1D pair, both behind routers, asked
 in turn. ``fp8``: what KV in eight bits does to the logits, on a model directory of one's own with ``--model-dir``. Weights are random but
 there; on a CPU the same code runs with the tiny model.
 
 Hidden fraction = 1 - exposed / wire, with exposed the time from the last layer's end to the last byte's arrival, and wire the sum over the
-pieces. On a GPU both are taken by its clock; ``exposed_ms`` is the sender's own, up to the acknowledgement."""
+pieces. On a GPU both are taken by its clock; ``exposed_ms`` is the sender's own, up to the acknowledgement. On an emulated link, of which a
+GPU's clock knows nothing, both are the sender's; what the bytes take at the link's speed, and nothing else, is ``nominal_wire_ms``."""
 
 from __future__ import annotations
 
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 
 from ksana_lab.bench import _results
+from ksana_lab.bench._answers import all_answered, note_of
 from ksana_lab.bench._engines import Pair
 from ksana_lab.bench._transfer_peer import WINDOW
 from ksana_lab.bench.wire_dtype import measure as measure_fp8
@@ -62,7 +65,7 @@ _HOLD_CYCLES = 100_000_000  # of the GPU, 50 ms: longer than the host posts
 
 @dataclass
 class Row:
-    """One setting. ms are medians; ``gbps`` None = as fast as the hardware."""
+    """One setting. ms are medians; ``gbps`` None = as fast as the hardware; any other None = does not apply, or cannot be told apart."""
 
     part: str
     backend: str
@@ -72,26 +75,31 @@ class Row:
     wire_dtype: str = "auto"
     nbytes: int = 0  # on the wire
     descriptors: int = 0
-    post_ms: float = 0.0
-    wire_ms: float = 0.0
+    post_ms: float | None = None
+    wire_ms: float | None = None  # measured
+    nominal_wire_ms: float | None = None  # emulated links: the bytes over gbps
     total_ms: float = 0.0  # link: until the last acknowledgement; overlap: until P has its token
     reference_ms: float = 0.0  # link: one contiguous copy; overlap: the same prefill with the transfer off
-    exposed_ms: float = 0.0
-    device_exposed_ms: float = 0.0
-    handover_ms: float = 0.0  # from P's token to D's
+    exposed_ms: float | None = None
+    device_exposed_ms: float | None = None
+    handover_ms: float | None = None  # from P's token to D's
 
     @property
-    def bandwidth_ratio(self) -> float:
-        return self.reference_ms / self.wire_ms if self.wire_ms else 0.0
+    def bandwidth_ratio(self) -> float | None:
+        return self.reference_ms / self.wire_ms if self.part == "link" and self.wire_ms else None
 
     @property
-    def hidden_fraction(self) -> float:
-        exposed = self.device_exposed_ms if self.device_exposed_ms else self.exposed_ms
-        return 1.0 - min(1.0, exposed / self.wire_ms) if self.wire_ms else 0.0
+    def bandwidth_gbs(self) -> float | None:
+        return self.nbytes / self.wire_ms / 1e6 if self.part == "link" and self.wire_ms else None
 
     @property
-    def slowdown_pct(self) -> float:
-        return 100 * (self.total_ms / self.reference_ms - 1) if self.reference_ms else 0.0
+    def hidden_fraction(self) -> float | None:
+        exposed = self.exposed_ms if self.device_exposed_ms is None else self.device_exposed_ms  # by the clock that took wire_ms
+        return None if exposed is None or not self.wire_ms else 1.0 - min(1.0, exposed / self.wire_ms)
+
+    @property
+    def slowdown_pct(self) -> float | None:
+        return 100 * (self.total_ms / self.reference_ms - 1) if self.part == "overlap" and self.reference_ms else None
 
     def line(self) -> str:
         where = (
@@ -99,14 +107,21 @@ class Row:
         )
         if self.part == "link":
             return (
-                f"{where}  {self.descriptors:6d} descr  post {self.post_ms:7.3f}  wire {self.wire_ms:8.3f}  total {self.total_ms:8.3f} ms  "
-                f"{self.nbytes / self.wire_ms / 1e6 if self.wire_ms else 0:7.1f} GB/s  {self.bandwidth_ratio:.3f} of contiguous"
+                f"{where}  {self.descriptors:6d} descr  post {_shown(self.post_ms, '7.3f')}  wire {_shown(self.wire_ms, '8.3f')}  "
+                f"total {self.total_ms:8.3f} ms  {_shown(self.bandwidth_gbs, '7.1f')} GB/s  "
+                f"{_shown(self.bandwidth_ratio, '.3f')} of contiguous{'' if self.post_ms is not None else '; post and wire not separable'}"
             )
+        nominal = "" if self.nominal_wire_ms is None else f" (nominal {self.nominal_wire_ms:.3f})"
         return (
-            f"{where}  prefill {self.total_ms:8.2f} (off {self.reference_ms:8.2f}, {self.slowdown_pct:+5.1f}%)  wire {self.wire_ms:8.3f}  "
-            f"exposed {self.exposed_ms:7.3f} device {self.device_exposed_ms:6.3f}  hidden {self.hidden_fraction:.3f}  "
-            f"handover {self.handover_ms:7.3f} ms"
+            f"{where}  prefill {self.total_ms:8.2f} (off {self.reference_ms:8.2f}, {_shown(self.slowdown_pct, '+5.1f')}%)  "
+            f"wire {_shown(self.wire_ms, '8.3f')}{nominal}  exposed {_shown(self.exposed_ms, '7.3f')} "
+            f"device {_shown(self.device_exposed_ms, '6.3f')}  hidden {_shown(self.hidden_fraction, '.3f')}  "
+            f"handover {_shown(self.handover_ms, '7.3f')} ms"
         )
+
+
+def _shown(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 # ---- the data plane alone --------------------------------------------------------------------------------------------
@@ -193,6 +208,7 @@ def _measure_one(
     row = Row("link", name, mode, tokens, nbytes=tokens * layout.token_bytes, descriptors=sum(len(runs) for runs, _ in writes))
     is_behind = link.is_device_ordered and mode == "layer"  # as beside a prefill
     post, wire, total = [], [], []
+    has_clock = True
     for i in range(2 * rounds + 2 if is_behind else rounds + 2):
         fresh = {id(runs): runs.copy() for runs, _ in writes}  # every prompt has blocks of its own, whose list is uploaded once
         is_held = is_behind and i % 2 == 0  # until all is posted, so that the device's times are the wire's and not the host's
@@ -215,14 +231,18 @@ def _measure_one(
         while acks.count < before + len(writes):
             assert time.monotonic() < deadline and acks.lost is None, acks.lost or "no acknowledgement"
             time.sleep(20e-6)
+        round_s = time.perf_counter() - begin
         if i < 2:  # they warm up
             continue
         if not is_held:
-            total.append(time.perf_counter() - begin)
+            total.append(round_s)
             post.append(posted)
         if is_held or not is_behind:
-            wire.append(sum(t.wire_s for t in tickets if isinstance(t, DeviceTicket)) or time.perf_counter() - begin)
-    row.post_ms, row.wire_ms, row.total_ms = (1e3 * statistics.median(times) for times in (post, wire, total))
+            times = [t.wire_s for t in tickets if isinstance(t, DeviceTicket)]
+            has_clock = len(times) == len(tickets)
+            wire.append(sum(times) if has_clock else round_s)
+    row.wire_ms, row.total_ms = (1e3 * statistics.median(seconds) for seconds in (wire, total))
+    row.post_ms = 1e3 * statistics.median(post) if has_clock else None
     _check_bytes(cache, peer, [shifted(runs, (offset, offset)) for runs, offset in writes])
     row.reference_ms = 1e3 * _reference_s(link, row.nbytes)
     return row
@@ -308,21 +328,7 @@ class _Overlap:
                     samples[key].append(sample)
         middle = {key: {name: statistics.median(s[name] for s in seen) for name in seen[0]} for key, seen in samples.items()}
         off_ms = middle[None]["prefill_s"] * 1e3
-        rows = []
-        for key in settings:
-            found = middle[key]
-            wire_s = found["device_wire_s"] or found["wire_s"]
-            if key.gbps is not None:
-                wire_s = found["bytes_sent"] * 8 / (key.gbps * 1e9)
-            rows.append(
-                Row(
-                    "overlap", backend, key.mode, length, key.gbps, nbytes=int(found["bytes_sent"]), descriptors=int(found["copies"]),
-                    post_ms=found["post_s"] * 1e3, wire_ms=wire_s * 1e3, total_ms=found["prefill_s"] * 1e3, reference_ms=off_ms,
-                    exposed_ms=found["exposed_s"] * 1e3, handover_ms=found["handover_s"] * 1e3,
-                    device_exposed_ms=0.0 if key.gbps is not None else found["device_exposed_s"] * 1e3,
-                )
-            )  # fmt: skip
-        return rows
+        return [overlap_row(key, backend, length, middle[key], off_ms) for key in settings]
 
     def _once(self, length: int, setting: Setting | None) -> dict[str, float]:
         pair = self._pair
@@ -362,6 +368,19 @@ class _Overlap:
             time.sleep(100e-6)
 
 
+def overlap_row(setting: Setting, backend: str, length: int, found: dict[str, float], off_ms: float) -> Row:
+    """``found``: what the sender counted for one prompt. The device's clock counts where it ticked, except on an emulated link: there it
+    knows only of the copy behind it."""
+    is_device = setting.gbps is None and found["device_wire_s"] > 0
+    return Row(
+        "overlap", backend, setting.mode, length, setting.gbps, nbytes=int(found["bytes_sent"]), descriptors=int(found["copies"]),
+        post_ms=found["post_s"] * 1e3, wire_ms=found["device_wire_s" if is_device else "wire_s"] * 1e3,
+        nominal_wire_ms=None if setting.gbps is None else found["bytes_sent"] * 8 / (setting.gbps * 1e9) * 1e3,
+        total_ms=found["prefill_s"] * 1e3, reference_ms=off_ms, exposed_ms=found["exposed_s"] * 1e3,
+        device_exposed_ms=found["device_exposed_s"] * 1e3 if is_device else None, handover_ms=found["handover_s"] * 1e3,
+    )  # fmt: skip
+
+
 def _note(ended: dict[str, float], role: str, updates: Sequence[SequenceUpdate]) -> None:
     for update in updates:
         assert update.error is None, update.error
@@ -372,11 +391,10 @@ def _note(ended: dict[str, float], role: str, updates: Sequence[SequenceUpdate])
 # ---- as a client sees it ---------------------------------------------------------------------------------------------
 
 
-def measure_end_to_end(
-    model_dir: str, lengths: Sequence[int], device: str, rounds: int, rate_requests: int
-) -> Iterator[tuple[str, str, float]]:
-    """(name, unit, value). Both clusters run at once and are asked in turns of random order, alone; P shares its GPU with the mixed node,
-    which is idle then. The first request of a turn does not count: what the GPU did before it is the other cluster's business."""
+def measure_end_to_end(model_dir: str, lengths: Sequence[int], device: str, rounds: int, rate_requests: int) -> Iterator[_results.Row]:
+    """Both clusters run at once and are asked in turns of random order, alone; P shares its GPU with the mixed node,
+    which is idle then. The first request of a turn does not count: what the GPU did before it is the other cluster's business. Raises
+    KsanaLabError when a request fails; a figure of answers whose client lagged has a note."""
     from ksana_lab.cluster.local import Cluster
     from ksana_lab.tracing.phases import add_phases
     from ksana_lab.workload.loadgen import play
@@ -398,24 +416,15 @@ def measure_end_to_end(
                 for i in range(rounds + 1):
                     for name in dice.sample(list(clusters), len(clusters)):
                         spec = WorkloadSpec.from_dict(_fixed(length, 16, num_requests=_PER_TURN, users=1, num_warmup=1, seed=i))
-                        records = play(clusters[name].url, spec, progress=False)
+                        records = all_answered(play(clusters[name].url, spec, progress=False))
                         found[name] += records if i else []  # the first round warms up
-                medians = {name: statistics.median(1e3 * t for r in records if (t := ttft_s(r))) for name, records in found.items()}
-                added = medians["pd"] - medians["mixed"]
-                yield f"ttft_ms.mixed.{length}", "ms", medians["mixed"]
-                yield f"ttft_ratio.{length}", "x", medians["pd"] / medians["mixed"]
-                yield f"ttft_added_ms.{length}", "ms", added
-                gaps = [1e3 * (r.token_times_s[1] - r.token_times_s[0]) for r in found["pd"] if len(r.token_times_s) > 2]
-                steps = [1e3 * (b - a) for r in found["pd"] for a, b in itertools.pairwise(r.token_times_s[1:])]
-                if gaps and steps:
-                    yield f"first_gap_added_ms.{length}", "ms", statistics.median(gaps) - statistics.median(steps)
+                yield from _compared(found, length)
             if rate_requests:
                 spec = WorkloadSpec.from_dict(_fixed(min(4096, longest), 128, num_requests=rate_requests, rate=8.0, num_warmup=2))
-                records = play(clusters["pd"].url, spec, progress=False)
+                records = all_answered(play(clusters["pd"].url, spec, progress=False))
                 for name, function, percent in (("ttft_p50", ttft_s, 50), ("tpot_p50", tpot_s, 50), ("tpot_p99", tpot_s, 99)):
                     values = [1e3 * value for record in records if (value := function(record)) is not None]
-                    yield f"pd_8rps.{name}_ms", "ms", float(np.percentile(values, percent))
-                yield "pd_8rps.failed", "requests", float(sum(not record.is_ok for record in records))
+                    yield _results.Row(f"pd_8rps.{name}_ms", "ms", None, float(np.percentile(values, percent)), note_of(records))
         finally:
             for cluster in clusters.values():
                 cluster.close()
@@ -423,7 +432,21 @@ def measure_end_to_end(
             add_phases(records, Path(folder, name))
             for part in (*TTFT_PARTS, "exposed_transfer_s"):
                 if values := [1e3 * value for record in records if (value := PER_REQUEST[part](record)) is not None]:
-                    yield f"part_ms.{part.removesuffix('_s')}.{name}.{length}", "ms", statistics.median(values)
+                    name_of_part = f"part_ms.{part.removesuffix('_s')}.{name}.{length}"
+                    yield _results.Row(name_of_part, "ms", None, statistics.median(values), note_of(records))
+
+
+def _compared(found: dict[str, list[RequestRecord]], length: int) -> Iterator[_results.Row]:
+    """The pair beside the mixed node, both at prompts of one length."""
+    mixed, pd = (statistics.median(1e3 * t for r in found[name] if (t := ttft_s(r)) is not None) for name in ("mixed", "pd"))
+    note = note_of([*found["mixed"], *found["pd"]])
+    yield _results.Row(f"ttft_ms.mixed.{length}", "ms", None, mixed, note)
+    yield _results.Row(f"ttft_ratio.{length}", "x", None, pd / mixed, note)
+    yield _results.Row(f"ttft_added_ms.{length}", "ms", None, pd - mixed, note)
+    gaps = [1e3 * (r.token_times_s[1] - r.token_times_s[0]) for r in found["pd"] if len(r.token_times_s) > 2]
+    steps = [1e3 * (b - a) for r in found["pd"] for a, b in itertools.pairwise(r.token_times_s[1:])]
+    if gaps and steps:
+        yield _results.Row(f"first_gap_added_ms.{length}", "ms", None, statistics.median(gaps) - statistics.median(steps), note)
 
 
 def _fixed(prompt: int, output: int, **more: Any) -> dict[str, Any]:
@@ -461,10 +484,12 @@ def _cluster(model_dir: str, kind: str, device: str, longest: int) -> dict[str, 
 
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
+    if args.json:
+        _results.check_machine(args.json, args.device)
     arch, _, shape_name = args.model.partition("-")
     backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
     rows: list[Row] = []
-    figures: list[tuple[str, str, float]] = []
+    figures: list[_results.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(synthesize(Path(folder, args.model), arch, shape_name, has_weights=args.device != "cuda"))
         if "link" in args.parts:
@@ -474,14 +499,14 @@ def main(argv: Sequence[str]) -> int:
             settings = [Setting(mode, gbps) for gbps in args.gbps for mode in args.mode if gbps is None or mode != "auto"]
             for row in measure_overlap(model_dir, args.backend, settings, args.tokens, args.device, args.rounds, args.wire_dtype):
                 _keep(row, rows, args)
-        figures += named(rows)
+        figures += [_results.Row(name, unit, None, value) for name, unit, value in named(rows)]
         if "fp8" in args.parts:
             for name, unit, value in measure_fp8(args.model_dir or model_dir, args.device, prompt_tokens=max(args.tokens)):
                 print(f"{name:36s} {value:10.5f} {unit}", flush=True)
-                figures.append((name, unit, value))
+                figures.append(_results.Row(name, unit, None, value))
         if args.end_to_end:
             for figure in measure_end_to_end(model_dir, args.tokens, args.device, args.rounds, args.rate_requests):
-                print(f"{figure[0]:32s} {figure[2]:10.3f} {figure[1]}", flush=True)
+                print(f"{figure.name:32s} {figure.ours:10.3f} {figure.unit}{f'  ({figure.note})' if figure.note else ''}", flush=True)
                 figures.append(figure)
                 _write(args, figures)
     for name, unit, value in named(rows):
@@ -529,34 +554,35 @@ def _speeds(text: str) -> list[float | None]:
     return [None if part == "none" else float(part) for part in text.split(",")]
 
 
-def _write(args: argparse.Namespace, figures: Sequence[tuple[str, str, float]]) -> None:
+def _write(args: argparse.Namespace, figures: Sequence[_results.Row]) -> None:
     if args.json:
-        _results.write_results(args.json, [_results.Row(name, unit, None, value) for name, unit, value in figures])
+        _results.write_results(args.json, figures, args.device)
 
 
 def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
     """The figures that ``docs/results/transfer.json`` keeps, of the fastest backend measured first."""
-    out: dict[str, tuple[str, float]] = {}
+    out: dict[str, tuple[str, float | None]] = {}
     for row in rows:
         link = ("" if row.gbps is None else f".{row.gbps:g}gbps") + ("" if row.wire_dtype == "auto" else f".{row.wire_dtype}")
         if row.part == "link":
             out.setdefault(f"bandwidth_ratio.{row.mode}.{row.tokens}", ("x", row.bandwidth_ratio))
-            out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.nbytes / row.wire_ms / 1e6))
+            out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.bandwidth_gbs))
         else:
             out[f"hidden_fraction.{row.mode}.{row.tokens}{link}"] = ("", row.hidden_fraction)
             out[f"exposed_ms.{row.mode}.{row.tokens}{link}"] = ("ms", row.exposed_ms)
             if row.gbps is None:
                 out[f"prefill_slowdown_pct.{row.mode}.{row.tokens}{link}"] = ("%", row.slowdown_pct)
-    return [(name, unit, value) for name, (unit, value) in out.items()]
+    return [(name, unit, value) for name, (unit, value) in out.items() if value is not None]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """What does not apply to a row is an empty cell."""
+    derived = ("bandwidth_ratio", "hidden_fraction", "slowdown_pct")
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), "bandwidth_ratio", "hidden_fraction", "slowdown_pct"])
+        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *derived])
         writer.writeheader()
         for row in rows:
-            derived = {"bandwidth_ratio": row.bandwidth_ratio, "hidden_fraction": row.hidden_fraction, "slowdown_pct": row.slowdown_pct}
-            writer.writerow(asdict(row) | derived)
+            writer.writerow(asdict(row) | {name: getattr(row, name) for name in derived})
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -574,7 +600,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     drawn: dict[str, Any] = {}
     for axes, gbps in zip(panels[0], speeds, strict=True):
         for mode in dict.fromkeys(row.mode for row in rows):
-            points = sorted((row.tokens, row.exposed_ms) for row in rows if (row.gbps, row.mode) == (gbps, mode))
+            points = sorted((row.tokens, row.exposed_ms or 0.0) for row in rows if (row.gbps, row.mode) == (gbps, mode))
             if points:
                 (drawn[mode],) = axes.plot(*zip(*points, strict=True), **_STYLES[mode])
         axes.set(title="hardware's own link" if gbps is None else f"{gbps:g} Gb/s", xlabel="prompt tokens", xscale="log", yscale="log")

@@ -1,5 +1,6 @@
 """Prefill and decode engines in two processes: one is killed in the middle of a transfer and comes back; the tool that measures them."""
 
+import csv
 import json
 
 import pytest
@@ -47,4 +48,30 @@ def test_the_bench_measures_every_part_and_writes_its_files(tmp_path, capsys):
         "hidden_fraction.layer.64.1gbps",
         "prefill_slowdown_pct.layer.64",
     } <= names
-    assert len(files["csv"].read_text().splitlines()) == 1 + 2 + 4 and (tmp_path / "out.png").stat().st_size > 1000
+    with files["csv"].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    check_links([numbers(row) for row in rows if row["part"] == "link"])
+    check_overlaps([numbers(row) for row in rows if row["part"] == "overlap"])
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def numbers(row):
+    return {name: float(cell) for name, cell in row.items() if cell and cell[0] in "-0123456789"}
+
+
+def check_links(rows):
+    assert len(rows) == 2
+    for row in rows:
+        assert "post_ms" not in row and row["wire_ms"] == row["total_ms"] > 0  # by shm the post is the copy: not separable
+        assert row["bandwidth_ratio"] == pytest.approx(row["reference_ms"] / row["wire_ms"]) and row["reference_ms"] > 0
+        assert not {"hidden_fraction", "slowdown_pct", "exposed_ms"} & row.keys()
+
+
+def check_overlaps(rows):
+    assert [row.get("gbps") for row in rows] == [None, None, 1.0, 1.0]
+    for row in rows:
+        assert row["reference_ms"] > 0.1  # a prefill of the tiny model
+        assert row["slowdown_pct"] == pytest.approx(100 * (row["total_ms"] / row["reference_ms"] - 1))
+        assert row["hidden_fraction"] == pytest.approx(1 - min(1, row["exposed_ms"] / row["wire_ms"]))
+        assert row.get("nominal_wire_ms") == (pytest.approx(row["nbytes"] * 8 / 1e6) if "gbps" in row else None)
+        assert "bandwidth_ratio" not in row and row["wire_ms"] >= row.get("nominal_wire_ms", 0.0)  # no link is faster than its own speed
