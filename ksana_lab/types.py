@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -58,6 +59,13 @@ class NodeAddr(NamedTuple):
         except ValueError:
             return False
         return True
+
+
+def seed_of(*parts: object) -> int:
+    """63 bits for a request that brings no seed, from the node's own and what names the request. Hashed, so that sample j's ``+ j`` is
+    never another request's seed."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ksana_lab.errors import ConfigError, InvalidRequest, request_error
 from ksana_lab.protocol.engine import AddRequest, SequenceUpdate
 from ksana_lab.server.tokenizing import TextStream, Tokenizer
 from ksana_lab.tracing.recorder import open_recorder
-from ksana_lab.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from ksana_lab.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams, seed_of
 
 Prompt = str | Sequence[int]
 
@@ -69,7 +68,7 @@ class LLM:
         try:
             for prompt, param in zip(texts, params, strict=True):
                 ids = self._encode(prompt)
-                run.add(f"llm-{self._num_requests}", ids, param, seed=_seed(self.config.runtime.seed, self._num_requests))
+                run.add(f"llm-{self._num_requests}", ids, param, seed=seed_of(self.config.runtime.seed, self._num_requests))
                 self._num_requests += 1
             return run.finish()
         finally:
@@ -148,11 +147,6 @@ class _Run:
             self._engine.abort(update.request_id, STOPPED_BY_CALLER)
         if output.finish_reason is not None:
             del self._open[update.request_id]
-
-
-def _seed(node_seed: int, number: int) -> int:
-    """For the ``number``-th prompt of an LLM, if it brings none. Hashed, so that sample j's ``+ j`` is never another prompt's seed."""
-    return int.from_bytes(hashlib.blake2b(f"{node_seed}/{number}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _with_options(model: str | EngineConfig, options: dict[str, Any]) -> EngineConfig:

@@ -6,7 +6,6 @@ node that was told so drops exactly that delta and emits all the rest. Joined, t
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from ksana_lab.server.engine_client import EngineClient, RequestStream
 from ksana_lab.server.metrics import ServerMetrics
 from ksana_lab.server.tokenizing import TextStream, Tokenizer
 from ksana_lab.tracing.recorder import NullRecorder
-from ksana_lab.types import FinishReason, SamplingParams, TokenLogprob
+from ksana_lab.types import FinishReason, SamplingParams, TokenLogprob, seed_of
 
 MAX_SEQUENCES = 1024  # prompts x n of one request
 MAX_STOP_TOKEN_IDS = 1024  # looked through at every token
@@ -314,8 +313,7 @@ class GenerationService:
 
     def _seed(self, ctx: RequestContext, number: int) -> int:
         """For a request that brings none: from the node's own seed and the request's id, so that P and D of a pair draw the same."""
-        text = f"{self.config.runtime.seed}/{ctx.request_id}/{number}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return seed_of(self.config.runtime.seed, ctx.request_id, number)
 
 
 def check_num_sequences(count: int) -> None:

@@ -49,7 +49,7 @@ _NO_CACHE = torch.empty(0, dtype=torch.uint8)  # after ``close``: the memory is 
 # A copy that a device is making is looked at when it has gone on for so much longer than at the last look: looking takes the interpreter's
 # lock, and the model's thread has the prompt's token to bring home just then. At least once a millisecond: D's first step waits for it.
 _POLL_DEVICE_S, _POLL_SHARE, _MAX_POLL_S = 20e-6, 0.1, 1e-3
-# Layers are computed faster than enqueued, so by the time a prompt's announcement says which of them end a piece, all may be enqueued, and
+# Layers are enqueued faster than computed, so by the time a prompt's announcement says which of them end a piece, all may be enqueued, and
 # nobody would be woken before the last. While an announcement may still come, the end of every so many layers is waited for.
 _LAYERS_UNTIL_ANNOUNCED = 4
 
