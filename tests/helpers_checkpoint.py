@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +24,15 @@ def _root() -> Path:
 @functools.cache
 def checkpoint(arch: str = "qwen3", shape: str = "tiny") -> str:
     return str(synthesize(_root() / f"{arch}-{shape}", arch, shape))
+
+
+def write_hollow(path: Path, **changes: object) -> Path:
+    """A checkpoint for who only looks at it: a model's shape, no numbers in the weights."""
+    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"} | shape | changes))
+    (path / "model.safetensors").write_bytes(b"")
+    (path / "tokenizer.json").write_text("{}")
+    return path
 
 
 @functools.cache

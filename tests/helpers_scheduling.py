@@ -173,6 +173,7 @@ class FakeConnector:
     remote: bool = True
     unbegun: set[int] = field(default_factory=set)  # prompts that P has not begun
     queued: list[int] = field(default_factory=list)
+    declined: dict[TransferKey, str] = field(default_factory=dict)
     announced: list[int] = field(default_factory=list)
     first_tokens: dict[int, int] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
@@ -185,6 +186,9 @@ class FakeConnector:
 
     def on_queued(self, seq: Sequence) -> None:
         self.queued.append(seq.seq_id)
+
+    def decline(self, key: TransferKey, reason: str) -> None:
+        self.declined[key] = reason
 
     def has_begun(self, seq: Sequence) -> bool:
         return seq.seq_id not in self.unbegun

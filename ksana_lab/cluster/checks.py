@@ -31,7 +31,8 @@ from ksana_lab.config.environment import (
     visible_gpus,
 )
 from ksana_lab.config.router import RouterConfig
-from ksana_lab.errors import ConfigError
+from ksana_lab.errors import CheckpointError, ConfigError
+from ksana_lab.models.config import ModelConfig
 from ksana_lab.tracing import nsight
 from ksana_lab.types import NodeAddr, Role
 
@@ -184,7 +185,7 @@ def trace_dir(path: str | None) -> list[Finding]:
 
 
 def model_dir(path: str) -> Finding:
-    """A checkpoint in Hugging Face format: config.json, complete safetensors, a tokenizer."""
+    """A checkpoint in Hugging Face format, of a model that the engine has: config.json, complete safetensors, a tokenizer."""
     directory, key = Path(path), "model_spec.base_model.model_dir"
     advice = "give --model-dir, or make a small one: python -m ksana_lab.models.synth --arch qwen3 --shape tiny --out DIR"
     if not directory.exists():
@@ -196,6 +197,10 @@ def model_dir(path: str) -> Finding:
     lacking = _what_a_checkpoint_lacks(directory)
     if lacking:
         return error(f"{key} {path} is no checkpoint: it lacks {', '.join(lacking)}", advice)
+    try:
+        ModelConfig.from_dir(directory)
+    except CheckpointError as fault:
+        return error(f"{key}: {fault}", advice)
     return ok(f"{key} {path}")
 
 
@@ -226,11 +231,14 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def heads_divide(config: EngineConfig) -> Finding:
-    """Attention heads are shared out evenly among the ranks."""
-    size, model = config.parallel.tensor_parallel_size, _json(Path(config.model.model_dir) / "config.json") or {}
-    heads = model.get("num_attention_heads")
-    if isinstance(heads, int) and heads % size:
-        return error(f"global.tensor_para_size {size} does not divide the model's {heads} attention heads", "choose a divisor")
+    """Heads and MLP are shared out evenly among the ranks. Of a directory that ``model_dir`` refuses there is nothing to say."""
+    size = config.parallel.tensor_parallel_size
+    try:
+        ModelConfig.from_dir(config.model.model_dir).check_tensor_parallel(size)
+    except CheckpointError:
+        pass
+    except ConfigError as fault:
+        return error(f"global.tensor_para_size: {fault}", "choose a divisor")
     return ok(f"{size} rank{'s' if size > 1 else ''}")
 
 

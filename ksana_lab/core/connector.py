@@ -74,6 +74,9 @@ class SchedulerConnector(Protocol):
     def on_queued(self, seq: Sequence) -> None:
         """``seq`` waits here. D: P need not fear that nobody will fetch it."""
 
+    def decline(self, key: TransferKey, reason: str) -> None:
+        """A request that never became a sequence here; its peer need not wait for it. A key that is in use is left alone."""
+
     def has_begun(self, seq: Sequence) -> bool:
         """D: P has begun the prompt and will finish it whatever is admitted here, or there is no P to ask. P: not called."""
 
@@ -107,6 +110,8 @@ class NoTransfer:
         return 0
 
     def on_queued(self, seq: Sequence) -> None: ...
+
+    def decline(self, key: TransferKey, reason: str) -> None: ...
 
     def has_begun(self, seq: Sequence) -> bool:
         return True

@@ -113,10 +113,9 @@ class Scheduler:
         """Queue ``seq``. Raises InvalidRequest, PromptTooLong or QueueFull; nothing is kept of it then, and a peer is told."""
         try:
             self._check_admissible(seq)
-        except (InvalidRequest, QueueFull):
+        except (InvalidRequest, QueueFull) as refusal:
             if seq.transfer is not None:
-                seq.finish_reason = FinishReason.ERROR
-                self.connector.on_finished(seq)
+                self.connector.decline(seq.transfer, str(refusal))
             raise
         seq.output_limit = output_limit(seq, self.max_model_len) if not self._is_prefill_only(seq) else 1
         self._by_request[seq.request_id] = seq

@@ -76,6 +76,11 @@ class KVSchedulerConnector:
         if key is not None and decode is not None:
             self._coordinator.post(lambda now_ns: decode.on_queued(key))
 
+    def decline(self, key: TransferKey, reason: str) -> None:
+        if key not in self._by_key:
+            self._begun.pop(key, None)
+            self._tell_peer(key, None, f"declined request {key}: {reason}")
+
     def has_begun(self, seq: Sequence) -> bool:
         key = seq.transfer
         return key is None or key in self._begun or key.comm_key not in self._coordinator.connected
@@ -187,12 +192,6 @@ class KVSchedulerConnector:
 
     def release(self) -> None:
         self._coordinator.release()
-
-    def decline(self, key: TransferKey, reason: str) -> None:
-        """A request that never became a sequence here; its peer need not wait for it. A key that is in use is left alone."""
-        if key not in self._by_key:
-            self._begun.pop(key, None)
-            self._tell_peer(key, None, f"declined request {key}: {reason}")
 
     def connected(self) -> list[str]:
         """comm keys of the pairs whose every rank is connected."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers_checkpoint import write_hollow
 
 from ksana_lab.cluster.local import Cluster
 from ksana_lab.cluster.ports import is_free
@@ -33,10 +34,7 @@ pytestmark = pytest.mark.integration
 def checkpoint(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(b"")
-    (directory / "tokenizer.json").write_text("{}")
-    return directory
+    return write_hollow(directory)
 
 
 @pytest.fixture

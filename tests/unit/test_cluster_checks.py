@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from helpers_checkpoint import write_hollow
 
 from ksana_lab.cluster import checks
 from ksana_lab.config.engine import EngineConfig
@@ -29,10 +30,7 @@ def config(*, device="cpu", size=1, device_ids=(), **connector):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    return tmp_path
+    return write_hollow(tmp_path, num_attention_heads=6, head_dim=8)
 
 
 def test_a_directory_is_written_to_and_left_as_it_was(tmp_path):
@@ -131,7 +129,7 @@ def test_a_good_checkpoint(checkpoint):
 
 def test_a_synthetic_checkpoint_may_make_its_weights_on_the_device(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "ksana_lab_synth.json").write_text('{"has_weights": false}')
+    (checkpoint / "ksana_lab_synth.json").write_text('{"has_weights": false, "seed": 0}')
     assert checks.model_dir(str(checkpoint)).level == "ok"
 
 
@@ -161,9 +159,25 @@ def test_a_model_that_is_missing_no_directory_or_unreadable(checkpoint, monkeypa
     assert "cannot be read" in checks.model_dir(str(checkpoint)).text
 
 
-def test_ranks_must_divide_the_heads(checkpoint):
-    four = config(size=4).model_copy(update={"model": config().model.model_copy(update={"model_dir": str(checkpoint)})})
-    assert "does not divide the model's 6 attention heads" in checks.heads_divide(four).text
+@pytest.mark.parametrize("change", [{"model_type": "gpt2"}, {"vocab_size": "128"}, {"quantization_config": {"bits": 4}}])
+def test_a_model_that_the_engine_has_not_is_found_before_anything_starts(tmp_path, change):
+    finding = checks.model_dir(str(write_hollow(tmp_path, **change)))
+    assert finding.level == "error" and next(iter(change)) in finding.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "6 attention heads"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 6}, "6 KV heads"),
+        ({"intermediate_size": 90}, "width 90"),
+    ],
+)
+def test_ranks_must_divide_the_heads_and_the_mlp(tmp_path, change, message):
+    directory = write_hollow(tmp_path, **{"num_attention_heads": 6, "head_dim": 8} | change)
+    four = config(size=4).model_copy(update={"model": config().model.model_copy(update={"model_dir": str(directory)})})
+    finding = checks.heads_divide(four)
+    assert finding.level == "error" and message in finding.text and "global.tensor_para_size" in finding.text
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,7 @@ def test_prefill_failure_while_running_waits_for_the_step_under_way():
 def test_the_peer_hears_of_a_request_that_was_refused():
     sched, connector, _ = prefill_node(max_num_waiting=1)
     sched.add(sequence(0, 9, key=True))
+    refused = sequence(1, 9, key=True)
     with pytest.raises(QueueFull):
-        sched.add(sequence(1, 9, key=True))
-    assert connector.finished == [1] and connector.queued == [0]
+        sched.add(refused)
+    assert "1 requests are waiting already" in connector.declined[refused.transfer] and connector.queued == [0]

@@ -1,6 +1,5 @@
 """The command line: every way to be refused ends with a clear line, exit code 2, and nothing started."""
 
-import json
 import os
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers_checkpoint import write_hollow
 
 from ksana_lab import launch
 from ksana_lab.config.environment import REQUIRED_VARIABLES
@@ -39,9 +39,7 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def node(tmp_path):
     """A node's options that nothing stands in the way of, on free ports; no router answers at its router's."""
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    (tmp_path / "tokenizer.json").write_text("{}")
+    write_hollow(tmp_path)
     addresses = zip(("inference_addr", "coordinator_addr", "router_addr"), free_ports(3), strict=True)
     sets = [*(f"{name}=127.0.0.1:{port}" for name, port in addresses), "device=cpu"]
     options = [part for text in sets for part in ("--set", text)]
