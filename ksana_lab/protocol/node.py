@@ -45,6 +45,7 @@ _Count = Annotated[int, Field(lt=2**31)]
 _Address = Annotated[str, Field(max_length=127), AfterValidator(_without_nul)]  # two of them make a comm key
 _NodeId = Annotated[str, Field(max_length=64), AfterValidator(_without_nul)]
 _Text = Annotated[str, Field(max_length=256), AfterValidator(_without_nul)]
+_Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # GET /nodes is JSON, which has neither
 _CommId = Annotated[str, Field(max_length=4096), AfterValidator(_without_nul)]  # the reference's: 172
 
 
@@ -93,14 +94,14 @@ class NodeLoad(BaseModel):
     """Ours: what a node says of itself with each heartbeat."""
 
     model_config = ConfigDict(extra="ignore")
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-    num_blocks: int = 0
+    num_running: int = Field(0, ge=0)
+    num_waiting: int = Field(0, ge=0)
+    num_free_blocks: int = Field(0, ge=0)
+    num_blocks: int = Field(0, ge=0)
     # A prefill node with a pair: what its slowest KV link showed when it was connected.
-    link_bytes_per_s: float | None = None
-    link_round_trip_s: float | None = None
-    link_share_of_expected: float | None = None  # of what the hardware should give
+    link_bytes_per_s: _Figure | None = None
+    link_round_trip_s: _Figure | None = None
+    link_share_of_expected: _Figure | None = None  # of what the hardware should give
 
 
 class Heartbeat(BaseModel):

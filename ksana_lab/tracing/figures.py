@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ksana_lab.tracing.perfetto import link_use
 from ksana_lab.tracing.timeline import Timeline
+from ksana_lab.tracing.transfers import link_names
 
 _RC: dict[Any, Any] = {
     "font.size": 9,
@@ -130,8 +131,8 @@ def link_utilisation(run: Timeline) -> Figure:
             rate, unit = (rows["bytes_per_s"] / 1e9, "GB/s") if rows["bytes_per_s"].max() >= 1e8 else (rows["bytes_per_s"] / 1e6, "MB/s")
             panel.fill_between(rows["at_s"], rate, step="post", color="#0072B2", alpha=0.35, linewidth=0)
             panel.step(rows["at_s"], rate, where="post", color="#0072B2", linewidth=0.8)
-            sent = run.transfers[run.transfers["peer"].astype(str) + " " + _ranks(run.transfers) == link]
-            panel.set_title(f"link to {link}: {sent['bytes'].sum() / 1e6:.1f} MB in {len(sent)} pieces", fontsize=8, loc="left")
+            sent = run.transfers[link_names(run.transfers) == link]
+            panel.set_title(f"{link}: {sent['bytes'].sum() / 1e6:.1f} MB in {len(sent)} pieces", fontsize=8, loc="left")
             panel.set(ylabel=unit)
             panel.set_ylim(bottom=0)
         last = panels[-1, 0]
@@ -150,10 +151,6 @@ FIGURES: dict[str, Callable[[Timeline], Figure]] = {
     "ttft_decomposition": ttft_decomposition,
     "link_utilisation": link_utilisation,
 }
-
-
-def _ranks(transfers: pd.DataFrame) -> pd.Series:
-    return transfers["src_rank"].astype(str) + "→" + transfers["dst_rank"].astype(str)
 
 
 def _most_interesting(run: Timeline) -> str | None:

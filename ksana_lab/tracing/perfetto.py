@@ -14,6 +14,7 @@ import orjson
 import pandas as pd
 
 from ksana_lab.tracing.timeline import Timeline
+from ksana_lab.tracing.transfers import link_names
 
 _REQUESTS = "requests"
 
@@ -153,7 +154,7 @@ def _add_counters(trace: _Trace, run: Timeline) -> None:
 def link_use(run: Timeline) -> pd.DataFrame:
     """link, at_s, bytes_per_s from then on, in_flight pieces. Each piece's bytes are spread evenly over the time it was on the wire."""
     frames = []
-    for (peer, src, dst), pieces in run.transfers.groupby(["peer", "src_rank", "dst_rank"]) if len(run.transfers) else ():
+    for link, pieces in run.transfers.groupby(link_names(run.transfers)):
         rate = pieces["bytes"] / pieces["wire_s"].clip(lower=1e-9)
         at = np.concatenate([pieces["wire_start_s"], pieces["end_s"]])
         change = np.concatenate([rate, -rate])
@@ -162,7 +163,7 @@ def link_use(run: Timeline) -> pd.DataFrame:
         total = np.maximum(0.0, np.cumsum(change[order]))
         in_flight = np.cumsum(count[order]).astype(int)
         total[in_flight == 0] = 0.0
-        frames.append(pd.DataFrame({"link": f"{peer} {src}→{dst}", "at_s": at[order], "bytes_per_s": total, "in_flight": in_flight}))
+        frames.append(pd.DataFrame({"link": link, "at_s": at[order], "bytes_per_s": total, "in_flight": in_flight}))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["link", "at_s", "bytes_per_s", "in_flight"])
 
 

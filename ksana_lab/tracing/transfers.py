@@ -69,6 +69,13 @@ def _cut(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def link_names(transfers: pd.DataFrame) -> pd.Series:
+    """Of each piece, the way it took: "<prefill node> → <decode node>, rank <its rank> → <the other's>"."""
+    prefill = transfers["pair"].astype(str).str.split("__").str[0]
+    ranks = transfers["src_rank"].astype(str) + " → " + transfers["dst_rank"].astype(str)
+    return prefill + " → " + transfers["peer"].astype(str) + ", rank " + ranks
+
+
 def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
     """Per request, over all its ranks: bytes, pieces, first piece sent to last one arrived, and how long after the last layer that was."""
     columns = ["kv_bytes", "num_pieces", "num_copies", "transfer_start_s", "transfer_end_s", "compute_end_s", "transfer_s", "wire_s",

@@ -99,6 +99,14 @@ async def test_bad_fields_are_422_with_their_place(field, value):
         assert status == 422 and answer["detail"][0]["loc"] == ["body", field] and answer["detail"][0]["msg"]
 
 
+@pytest.mark.parametrize("load", [{"link_bytes_per_s": -1}, {"link_round_trip_s": "inf"}, {"num_running": -3}])
+async def test_a_load_that_no_node_has_is_refused_and_the_node_stays(load):
+    async with running_router() as router:
+        p = (await router.call("/RegisterNode", REGISTER))[1]["node_id"]
+        assert (await router.call("/Heartbeat", {"node_id": p, "load": load}))[0] == 422
+        assert (await router.nodes())["nodes"][0]["is_online"]
+
+
 async def test_a_comm_id_that_no_answer_can_carry_is_refused():
     async with running_router() as router:
         p = (await router.call("/RegisterNode", REGISTER))[1]["node_id"]

@@ -1,6 +1,7 @@
 """A run of known numbers, joined."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from helpers_trace import FakeRun, record_minus_timeline
@@ -193,6 +194,13 @@ def test_link_use_integrates_to_the_bytes_sent(tmp_path):
     use = perfetto.link_use(run)
     seconds = use["at_s"].diff().shift(-1).fillna(0.0)
     assert (use["bytes_per_s"] * seconds).sum() == pytest.approx(run.transfers["bytes"].sum(), rel=1e-6)
+
+
+def test_two_prefill_nodes_have_a_link_each_to_one_decode_node(tmp_path):
+    run = joined(tmp_path, num_prefills=2, num_requests=4)
+    use = perfetto.link_use(run)
+    assert sorted(use["link"].unique()) == ["p:1 → d:1, rank 0 → 0", "p:2 → d:1, rank 0 → 0"]
+    assert not len(perfetto.link_use(replace(run, transfers=run.transfers.iloc[:0])))
 
 
 def test_records_get_their_phases_on_the_clients_clock(tmp_path):
