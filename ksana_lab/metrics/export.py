@@ -121,11 +121,12 @@ def vllm_result(records: Sequence[RequestRecord], summary: Summary) -> dict[str,
     """The keys of ``vllm bench serve --save-result --save-detailed``; latencies in milliseconds, lists in seconds as vLLM has them.
 
     Every record has one place in ``input_lens``, ``output_lens``, ``ttfts``, ``itls``, ``generated_texts``, ``errors``, in the order given.
-    As in vLLM, a request that did not complete has 0 output tokens, so that ``output_lens`` adds up to ``total_output_tokens``."""
+    As in vLLM, a request that did not complete failed, also one that the client cut off on purpose, and has 0 output tokens, so that
+    ``completed`` and ``failed`` add up to ``num_prompts`` and ``output_lens`` to ``total_output_tokens``."""
     result: dict[str, Any] = {
         "num_prompts": summary.num_requests,
         "completed": summary.num_completed,
-        "failed": summary.num_failed,
+        "failed": summary.num_failed + summary.num_cancelled,
         "duration": summary.duration_s,
         "total_input_tokens": summary.num_prompt_tokens,
         "total_output_tokens": summary.num_output_tokens,

@@ -10,7 +10,7 @@ from ksana_lab.errors import ConfigError
 from ksana_lab.metrics import export
 from ksana_lab.metrics.export import gaps_frame, load_records, save_records, summary_row, to_frame, vllm_result, write_csv
 from ksana_lab.metrics.record import RequestRecord
-from ksana_lab.metrics.summary import SLO, summarize
+from ksana_lab.metrics.summary import CANCELLED, SLO, summarize
 
 
 def records() -> list[RequestRecord]:
@@ -63,6 +63,12 @@ def test_vllm_result_counts_no_tokens_of_a_request_that_did_not_complete():
     result = vllm_result([*records(), cut_off], summarize([*records(), cut_off]))
     assert result["num_prompts"] == 3 and result["output_lens"] == [3, 0, 0]
     assert sum(result["output_lens"]) == result["total_output_tokens"]
+
+
+def test_vllm_result_knows_no_cancelling():
+    given_up = replace(records()[1], error="cancelled", finish_reason=CANCELLED)
+    result = vllm_result([*records(), given_up], summary := summarize([*records(), given_up]))
+    assert summary.num_cancelled == 1 and result["completed"] + result["failed"] == result["num_prompts"] == 3
 
 
 def test_vllm_result_has_a_text_for_each_request():
