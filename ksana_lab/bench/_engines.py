@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,17 @@ class LocalEngine:
 
 class Pair:
     """One prefill and one decode engine. ``sections``: fields of EngineConfig's sections for both, e.g. ``cache={"num_blocks": 99}``;
-    ``devices``: GPU of P and of D. ``is_prefill_here``: P runs in this process, turned by ``drive``."""
+    ``devices``: GPUs of P's and of D's ranks; on a CPU their number counts alone. ``is_prefill_here``: P runs in this process, turned by
+    ``drive``."""
 
     def __init__(
-        self, model_dir: str, *, device: str, devices: tuple[int, int] = (0, 1), is_prefill_here: bool = False, **sections: Any
+        self,
+        model_dir: str,
+        *,
+        device: str,
+        devices: tuple[Sequence[int], Sequence[int]] = ((0,), (1,)),
+        is_prefill_here: bool = False,
+        **sections: Any,
     ) -> None:
         os.environ.setdefault("ENABLE_LAYER_TRACKER", "1")
         self._stack = ExitStack()
@@ -189,11 +196,13 @@ class Pair:
         address, sections = self._addresses[role], self._sections
         connector = {"role": role, "coordinator_addr": address, "router_addr": NodeAddr("127.0.0.1", 1), "inference_addr": address}
         runtime = {"device": self._device, **sections.get("runtime", {})}
+        devices = self._devices[role == "decode"]
         if self._device == "cuda":
-            runtime["device_ids"] = (self._devices[role == "decode"],)
+            runtime["device_ids"] = tuple(devices)
         return EngineConfig.model_validate(
             {
                 "model": {"model_dir": self._model_dir, **sections.get("model", {})},
+                "parallel": {"tensor_parallel_size": len(devices)},
                 "cache": sections.get("cache", {}),
                 "scheduler": {"waiting_timeout_s": 60.0, **sections.get("scheduler", {})},
                 "connector": {**connector, "connect_timeout_s": 60.0, "lease_s": 20.0, **sections.get("connector", {})},
@@ -213,7 +222,8 @@ class Pair:
 
     def join(self) -> None:
         """As a router's heartbeat answers do; returns when both sides are connected."""
-        tuples = [(0, 0, str(self._addresses[role])) for role in ("prefill", "decode")]
+        ranks = zip(self._addresses.values(), self._devices, strict=True)
+        tuples = [(0, rank, str(address)) for address, devices in ranks for rank in range(len(devices))]
         update = PeerUpdate([PeerUpdate.Pair(COMM_KEY, f"comm-{next(self._comm_ids)}", tuples)])
         for engine in self.engines.values():
             engine.update_peers(update)

@@ -296,7 +296,7 @@ def measure_overlap(
     config = shape(*Path(model_dir).name.split("-", 1))
     longest = max(lengths)
     pair = Pair(
-        model_dir, device=device, devices=(0, max(0, torch.cuda.device_count() - 1)), is_prefill_here=True,
+        model_dir, device=device, devices=((0,), (max(0, torch.cuda.device_count() - 1),)), is_prefill_here=True,
         cache={"num_blocks": 3 * -(-longest // _BLOCK_SIZE) + 16, "block_size": _BLOCK_SIZE},
         scheduler={"max_num_batched_tokens": 16384, "max_num_seqs": 16, "waiting_timeout_s": 120.0},
         connector={"backend": backend, "transfer_mode": "layer", "wire_dtype": wire_dtype}, model={"max_model_len": longest + 16},

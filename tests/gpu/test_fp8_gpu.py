@@ -56,7 +56,7 @@ def test_a_pair_says_what_one_node_says(model_dir, what, backend):
         expected = [tokens(llm, [prompt])[0] for prompt in PROMPTS]
     torch.cuda.empty_cache()
     chosen = sections(what, connector={"backend": backend, "checksum": True})
-    with Pair(model_dir, device="cuda", devices=(0, torch.cuda.device_count() - 1), **chosen) as pair:
+    with Pair(model_dir, device="cuda", devices=((0,), (torch.cuda.device_count() - 1,)), **chosen) as pair:
         assert [pair.generate([prompt], GREEDY)[0] for prompt in PROMPTS] == expected
         pair.wait_clean()
 

@@ -1,5 +1,5 @@
-"""Prefill and decode engines in two processes on GPUs: the tokens of one node, over every backend and mode; checksums on; a node killed in
-the middle of a transfer; nothing left behind.
+"""Prefill and decode engines in two processes on GPUs: the tokens of one node, over every backend and mode; checksums on; nodes of
+different tensor parallel sizes; a node killed in the middle of a transfer; nothing left behind.
 
 Each request runs alone, so that the pair and the mixed node do the same arithmetic and greedy tokens can be compared exactly. With one GPU
 the two processes share it."""
@@ -18,6 +18,8 @@ from ksana_lab.transfer.plan import HeadSlice, cells
 from ksana_lab.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+TOP = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=5)
+AS_LIKELY = 0.15  # in bfloat16
 MODES = ("bulk", "chunk", "layer", "auto")
 NUM_BLOCKS = 1200
 
@@ -43,9 +45,10 @@ def alone(model_dir):
     return tokens
 
 
-def make_pair(model_dir, **connector):
+def make_pair(model_dir, devices=None, **connector):
     return Pair(
-        model_dir, device="cuda", devices=(0, torch.cuda.device_count() - 1), is_prefill_here=connector.pop("is_here", False),
+        model_dir, device="cuda", devices=devices or ((0,), (torch.cuda.device_count() - 1,)),
+        is_prefill_here=connector.pop("is_here", False),
         cache={"num_blocks": NUM_BLOCKS}, scheduler={"max_num_batched_tokens": 2048, "max_num_seqs": 32},
         connector={"checksum": True, **connector},
     )  # fmt: skip
@@ -79,6 +82,46 @@ def test_a_pair_joined_by_nccl_says_what_one_node_says_in_every_mode(model_dir, 
                 said = [pair.generate([prompt], GREEDY)[0] for prompt in BATCH]
                 count = GREEDY.max_tokens if wire_dtype == "auto" else 1
                 assert [tokens[:count] for tokens in said] == [tokens[:count] for tokens in alone], (mode, wire_dtype)
+        pair.wait_clean()
+
+
+def likeliest(pair, prompt):
+    """The decode node's tokens with their log-probabilities."""
+    found, ended, number = [], set(), pair.next_number()
+    for role in ("prefill", "decode"):
+        pair.add(role, number, prompt, TOP)
+
+    def note(role, updates):
+        for update in updates:
+            assert update.error is None, update
+            found.extend(update.logprobs or () if role == "decode" else ())
+            ended.update([role] if update.finish is not None else [])
+
+    pair.drive(lambda: len(ended) == 2, 60.0, note)
+    return found
+
+
+def assert_as_likely(said, alone):
+    """Two ranks round otherwise than one: a token may be another where both are as likely, and behind it the text is another."""
+    assert len(said) == len(alone)
+    for ours, theirs in zip(said, alone, strict=True):
+        gap = theirs.logprob - dict(theirs.top).get(ours.token_id, -float("inf"))
+        assert gap < AS_LIKELY and abs(ours.logprob - theirs.logprob) < AS_LIKELY, (ours, theirs)
+        if ours.token_id != theirs.token_id:
+            return
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("devices", [((0,), (0, 1)), ((0, 1), (1,)), ((0, 1), (0, 1, 2, 3))], ids=["1-2", "2-1", "2-4"])
+def test_nodes_of_different_sizes_say_what_one_node_says(devices, model_dir):
+    if max(devices[1]) >= torch.cuda.device_count():
+        pytest.skip(f"needs {len(devices[1])} CUDA GPUs, this machine has {torch.cuda.device_count()}")
+    with LLM(model_dir, num_blocks=NUM_BLOCKS, max_num_batched_tokens=2048) as llm:
+        alone = [llm.generate([prompt], TOP)[0].outputs[0].logprobs for prompt in BATCH]
+    torch.cuda.empty_cache()
+    with make_pair(model_dir, backend="cuda_ipc", devices=devices) as pair:
+        for prompt, expected in zip(BATCH, alone, strict=True):
+            assert_as_likely(likeliest(pair, prompt), expected)
         pair.wait_clean()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ksana_lab.config.engine import ConnectorOptions, EngineConfig, ModelOptions, SchedulerOptions
+from ksana_lab.config.engine import ConnectorOptions, EngineConfig, ModelOptions, RuntimeOptions, SchedulerOptions
 from ksana_lab.core.connector import FirstToken, TransferNews
 from ksana_lab.core.kv_layout import KVLayout
 from ksana_lab.core.sequence import Sequence
@@ -58,28 +58,29 @@ def freeze(pid: int) -> None:
 
 
 class Node:
-    """All ranks of one node in this process, its scheduler's side, and the news so far."""
+    """All ranks of one node in this process, its scheduler's side, and the news so far. ``device`` "cuda": their caches share one GPU."""
 
-    def __init__(self, role: Role, tp: int = 1, *, backend="tcp", port=0, block=BLOCK, layers=LAYERS, waiting_timeout_s=60.0, **options):
+    def __init__(
+        self, role: Role, tp: int = 1, *, backend="tcp", port=0, block=BLOCK, layers=LAYERS, waiting_timeout_s=60.0, device="cpu", **options
+    ):
         self.role, self.tp = role, tp
         self.ipc_dir = tempfile.mkdtemp(prefix="kv-")
         connector = ConnectorOptions(role=role, coordinator_addr=NodeAddr("127.0.0.1", port), backend=backend, **options)
         scheduler = SchedulerOptions(waiting_timeout_s=waiting_timeout_s)
-        self.config = EngineConfig(model=ModelOptions(model_dir="none"), connector=connector, scheduler=scheduler)
+        runtime = RuntimeOptions(device=device)
+        self.config = EngineConfig(model=ModelOptions(model_dir="none"), connector=connector, scheduler=scheduler, runtime=runtime)
         heads = len(heads_of(0, tp, HEADS))
         self.layout = KVLayout(BLOCKS, layers, heads, block, HEAD_DIM, "float32")
         self.recorder = Spans()
         self._wake = threading.Event()
         self.workers: list[KVWorkerConnector] = []
         self.memories: list[torch.Tensor] = []
-        self.caches: list[np.ndarray] = []  # float32 views of them
         for rank in range(tp):
             worker = make_worker_connector(self.config, rank, tp, self.recorder, self._wake.set, self.ipc_dir)
-            cache = worker.allocate(self.layout.total_bytes, torch.device("cpu"))
+            cache = worker.allocate(self.layout.total_bytes, torch.device("cuda:0" if device == "cuda" else device))
             worker.register(cache, self.layout)
             self.workers.append(worker)
             self.memories.append(cache)
-            self.caches.append(cache.view(torch.float32).numpy().reshape(self.layout.shape))
         del cache
         endpoints = [worker.endpoint() for worker in self.workers]
         self.connector: KVSchedulerConnector = make_scheduler_connector(
@@ -133,9 +134,11 @@ class Node:
                 worker.layer_done(layer)
 
     def write(self, rank: int, seq: Sequence, kv: np.ndarray, layer: int, start: int, end: int) -> None:
-        heads, size = heads_of(rank, self.tp, HEADS), self.layout.block_size
-        for token in range(start, end):
-            self.caches[rank][seq.block_table[token // size], layer, :, :, token % size] = kv[layer][:, heads.start : heads.stop, token]
+        heads, tokens = heads_of(rank, self.tp, HEADS), torch.arange(start, end)
+        cache = self.memories[rank].view(torch.float32).view(self.layout.shape)
+        mine = torch.from_numpy(kv[layer][:, heads.start : heads.stop, start:end]).permute(2, 0, 1, 3).to(cache.device)
+        blocks, within = (at.to(cache.device) for at in self._places(seq, tokens))
+        cache[blocks, layer, :, :, within] = mine
 
     def prefill(self, seq: Sequence, kv: np.ndarray, chunk: int | None = None, token: int = 42) -> None:
         """The whole of P's part: all chunks, the first token, and the scheduler's farewell."""
@@ -158,14 +161,20 @@ class Node:
 
     def read(self, seq: Sequence, num_tokens: int, start: int = 0) -> np.ndarray:
         """[layers, 2, HEADS, tokens, HEAD_DIM] as it lies in the ranks' caches (replicas must agree)."""
-        kv = np.full((self.layout.num_layers, 2, HEADS, num_tokens, HEAD_DIM), np.nan, np.float32)
-        for rank, cache in enumerate(self.caches):
-            heads, size = heads_of(rank, self.tp, HEADS), self.layout.block_size
-            for token in range(start, num_tokens):
-                seen, mine = kv[:, :, heads.start : heads.stop, token], cache[seq.block_table[token // size], :, :, :, token % size]
-                assert np.isnan(seen).all() or np.array_equal(seen, mine), f"rank {rank} has another replica of token {token}"
-                seen[:] = mine
-        return kv[:, :, :, start:]
+        kv = np.full((self.layout.num_layers, 2, HEADS, num_tokens - start, HEAD_DIM), np.nan, np.float32)
+        blocks, within = self._places(seq, torch.arange(start, num_tokens))
+        for rank, memory in enumerate(self.memories):
+            heads, cache = heads_of(rank, self.tp, HEADS), memory.cpu().view(torch.float32).view(self.layout.shape)
+            seen = kv[:, :, heads.start : heads.stop]
+            mine = cache[blocks, :, :, :, within].permute(1, 2, 3, 0, 4).numpy()
+            assert np.isnan(seen).all() or np.array_equal(seen, mine), f"rank {rank} has another replica"
+            seen[:] = mine
+        return kv
+
+    def _places(self, seq: Sequence, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and place in the block of each token."""
+        size = self.layout.block_size
+        return torch.tensor(seq.block_table)[tokens // size], tokens % size
 
     def close(self) -> None:
         self.connector.close()
