@@ -1,4 +1,5 @@
-"""The few CUDA driver calls that torch does not offer: plain allocations, their export to another process, and copies by address.
+"""The few CUDA driver calls that torch does not offer: plain allocations, their export to another process, host memory that processes
+share pinned, and copies by address.
 
 Why not torch's own: with ``PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync``, which the configuration requires, the framework's memory
 cannot be exported (``shareIpcHandle`` is not supported); memory from plain ``cuMemAlloc`` can. The driver library is part of every CUDA
@@ -19,6 +20,8 @@ from ksana_lab.errors import TransferError
 HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1
 _NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+
+_PORTABLE, _DEVICE_MAP = 1, 2  # CU_MEMHOSTREGISTER_…
 
 _STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _BESIDE_COMPUTE = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
@@ -120,6 +123,26 @@ class Driver:
     def copy_async(self, dst: int, src: int, nbytes: int, stream: int, device: int) -> None:
         with self.on(device):
             self._call("cuMemcpyAsync", _ptr(dst), _ptr(src), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream))
+
+    def pin(self, address: int, nbytes: int, device: int) -> None:
+        """Lock host memory, also such as processes share, so that ``device`` reads and writes it at the same address. Raises
+        TransferError."""
+        mapped = _ptr()
+        with self.on(device):
+            flags = ctypes.c_uint(_PORTABLE | _DEVICE_MAP)
+            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), flags)
+            try:
+                self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(mapped), ctypes.c_void_p(address), ctypes.c_uint(0))
+                if mapped.value != address:
+                    raise TransferError("this GPU sees pinned host memory at another address; use communication_type tcp")
+            except TransferError:
+                self.unpin(address, device)
+                raise
+
+    def unpin(self, address: int, device: int) -> None:
+        """What ``pin`` locked. The device must be done with it."""
+        with self.on(device):
+            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
 
     @property
     def has_batch(self) -> bool:

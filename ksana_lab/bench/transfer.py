@@ -487,7 +487,7 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         _results.check_machine(args.json, args.device)
     arch, _, shape_name = args.model.partition("-")
-    backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
+    backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "shm", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
     rows: list[Row] = []
     figures: list[_results.Row] = []
     with tempfile.TemporaryDirectory() as folder:

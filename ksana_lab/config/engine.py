@@ -62,7 +62,7 @@ class ConnectorOptions(Frozen):
     coordinator_addr: NodeAddr | None = None  # an IP of this host; the control socket binds it
     cluster_name: str = ""
     backend: Literal["tcp", "shm", "nccl", "gloo", "cuda_ipc", "nixl", "auto"] = (
-        "auto"  # auto: cuda_ipc on one host's GPUs, shm on one host's CPU, else tcp
+        "auto"  # auto: on one host cuda_ipc (GPUs), else shm; else tcp
     )
     heartbeat_interval_s: float = Field(5.0, gt=0)
     connect_timeout_s: float = Field(1800.0, gt=0)  # bound on bringing up a pair

@@ -21,12 +21,13 @@ _BACKENDS = {
     "nccl": "ksana_lab.transfer.backends.nccl:NcclBackend",  # ``auto`` never takes it
     "gloo": "ksana_lab.transfer.backends.nccl:GlooBackend",  # the same between CPUs
 }
-_IS_FOR_CUDA = {"cuda_ipc": True, "shm": False, "nccl": True, "gloo": False}  # tcp and nixl take either kind of memory
+_ON_GPU = {"shm": "ksana_lab.transfer.backends.staged_shm:StagedShmBackend"}  # another class where the cache lies on a GPU
+_IS_FOR_CUDA = {"cuda_ipc": True, "nccl": True, "gloo": False}  # the others take either kind of memory
 _HAVE_ADDRESS = ("tcp", "nixl", "nccl", "gloo")
 _REGISTER_SOURCE = ("nixl",)
 _ONE_HOST = ("cuda_ipc", "shm")
 _PACKS = ("cuda_ipc", "shm", "tcp", "nccl", "gloo")  # can carry KV that was packed on the way (``wire_dtype``)
-_AUTO = {True: ("cuda_ipc", "tcp"), False: ("shm", "tcp")}
+_AUTO = {True: ("cuda_ipc", "shm", "tcp"), False: ("shm", "tcp")}
 
 
 def make_backend(name: str, host: str, *, on_gpu: bool = False) -> TransferBackend:
@@ -36,16 +37,16 @@ def make_backend(name: str, host: str, *, on_gpu: bool = False) -> TransferBacke
         raise TransferError(f"transfer backend {name!r} is not in this version; choose {', '.join(_BACKENDS)} or auto")
     if _IS_FOR_CUDA.get(name, on_gpu) != on_gpu:
         if on_gpu:
-            raise TransferError(f"transfer backend {name!r} keeps the cache in host memory; on a GPU choose cuda_ipc, tcp or auto")
+            raise TransferError(f"transfer backend {name!r} keeps the cache in host memory; on a GPU choose cuda_ipc, shm, tcp or auto")
         raise TransferError(f"transfer backend {name!r} needs CUDA, and this node runs on the CPU; choose tcp, shm or auto")
-    module, _, attribute = _BACKENDS[name].partition(":")
+    module, _, attribute = (_ON_GPU.get(name, _BACKENDS[name]) if on_gpu else _BACKENDS[name]).partition(":")
     cls: Any = getattr(importlib.import_module(module), attribute)
     return cls(host) if name in _HAVE_ADDRESS else cls()
 
 
 def make_backends(option: str, host: str, *, on_gpu: bool = False, is_packed: bool = False) -> list[TransferBackend]:
-    """The backends of a node whose YAML says ``option``, best first. ``auto`` on GPUs: cuda_ipc and tcp; on CPUs: shm and tcp. A pair
-    uses the first that both have and that reaches: on one host cuda_ipc or shm, else tcp. ``is_packed``: KV travels in another dtype."""
+    """The backends of a node whose YAML says ``option``, best first. ``auto`` on GPUs: cuda_ipc, shm and tcp; on CPUs: shm and tcp. A pair
+    uses the first that both have and that reaches: on one host one of the former, else tcp. ``is_packed``: KV travels in another dtype."""
     if is_packed and option not in (*_PACKS, "auto"):
         raise TransferError(f"ksana_lab.wire_dtype: fp8_e4m3 needs communication_type {', '.join(_PACKS)} or auto, not {option}")
     if option != "auto":

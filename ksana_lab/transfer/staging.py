@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
@@ -26,12 +27,24 @@ def check_alignment(copies: Copies) -> None:
         raise TransferError(f"a copy that is not aligned to {ALIGNMENT} bytes: head_dim times the KV dtype's size must be a multiple of it")
 
 
-class Slot:
-    """One staging buffer of one thread. ``host``: its bytes; with ``on_device`` it lies beside the cache, and only ``memory`` has them."""
+def packed(copies: Copies) -> Copies:
+    """From the cache to one place after the other in a stage."""
+    to_stage = copies.copy()
+    to_stage[:, 1] = np.cumsum(copies[:, 2]) - copies[:, 2]
+    return to_stage
 
-    def __init__(self, cache: torch.Tensor, nbytes: int = SLOT_BYTES, *, on_device: bool = False) -> None:
+
+class Slot:
+    """One staging buffer of one thread. ``host``: its bytes; with ``on_device`` it lies beside the cache, and only ``memory`` has them.
+    ``memory``: host memory to be used, pinned if the cache lies on a GPU; else it has its own."""
+
+    def __init__(
+        self, cache: torch.Tensor, nbytes: int = SLOT_BYTES, *, on_device: bool = False, memory: torch.Tensor | None = None
+    ) -> None:
         self._cache, self._is_device = cache, cache.is_cuda
-        if on_device:
+        if memory is not None:
+            self.memory = memory
+        elif on_device:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=cache.device)
         else:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_device)
@@ -60,9 +73,9 @@ class Slot:
         if self._event is not None:
             self._event.synchronize()
 
-    def scatter(self, copies: Copies) -> None:
-        """``copies``: offset in ``memory``, offset in the cache, bytes. In the cache when this returns."""
-        self._move(copies, self.memory, self._cache)
+    def scatter(self, copies: Copies, target: torch.Tensor | None = None) -> None:
+        """``copies``: offset in ``memory``, offset in the cache, or in ``target``, bytes. They are there when this returns."""
+        self._move(copies, self.memory, self._cache if target is None else target)
         self.wait()
 
     def _move(self, copies: Copies, source: torch.Tensor, target: torch.Tensor) -> None:

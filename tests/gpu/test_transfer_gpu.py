@@ -66,7 +66,7 @@ def assert_says_the_same_in_every_mode(backend, model_dir, alone):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
+@pytest.mark.parametrize("backend", ["cuda_ipc", "shm", "tcp"])
 def test_a_pair_says_what_one_node_says_in_every_mode(backend, model_dir, alone):
     assert_says_the_same_in_every_mode(backend, model_dir, alone)
 
@@ -126,7 +126,7 @@ def test_nodes_of_different_sizes_say_what_one_node_says(devices, model_dir):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
+@pytest.mark.parametrize("backend", ["cuda_ipc", "shm", "tcp"])
 def test_kv_travels_in_eight_bits(backend, model_dir, alone):
     """P's token is exact; D's may differ, since its KV does. What arrives is checked against the CPU's packing in the next test."""
     with make_pair(model_dir, backend=backend, is_here=True, wire_dtype="fp8_e4m3") as pair:
@@ -248,7 +248,7 @@ def assert_survives_a_kill(backend, victim, model_dir, alone):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
-@pytest.mark.parametrize("backend", ["cuda_ipc", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
+@pytest.mark.parametrize("backend", ["cuda_ipc", "shm", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
 def test_a_killed_node_takes_nothing_with_it_and_comes_back(backend, victim, model_dir, alone):
     assert_survives_a_kill(backend, victim, model_dir, alone)
 

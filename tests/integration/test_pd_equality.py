@@ -5,6 +5,7 @@ from helpers_checkpoint import ARCHITECTURES, checkpoint, oracle_greedy, prompts
 from helpers_pair import EnginePair
 
 from ksana_lab.engine.llm import LLM
+from ksana_lab.transfer import registry
 from ksana_lab.types import SamplingParams
 
 NUM = 12
@@ -38,6 +39,13 @@ def test_one_rank_each(backend, mode):
 def test_tensor_parallel_pairs(tp, backend, mode):
     connector = {"backend": backend, "transfer_mode": mode, "checksum": True}
     with EnginePair(tp=tp, connector=connector, scheduler={"prefill_chunk_tokens": 13}) as pair:
+        assert pair.generate(BATCH, GREEDY) == expected("qwen3", BATCH)
+        assert pair.leaks() == {"prefill": 0, "decode": 0}
+
+
+def test_what_shm_is_between_gpus(monkeypatch):
+    monkeypatch.setitem(registry._BACKENDS, "shm", registry._ON_GPU["shm"])
+    with EnginePair(connector={"backend": "shm", "transfer_mode": "layer", "checksum": True}) as pair:
         assert pair.generate(BATCH, GREEDY) == expected("qwen3", BATCH)
         assert pair.leaks() == {"prefill": 0, "decode": 0}
 

@@ -33,7 +33,7 @@ def send(p: Node, d: Node, number=7, num_tokens=37, *, chunk=10, num_cached=0, i
 
 @pytest.mark.parametrize("mode", ["bulk", "chunk", "layer"])
 @pytest.mark.parametrize(("p_tp", "d_tp"), [(1, 1), (1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "staged_shm", "gloo"])
 def test_every_byte_arrives(backend, p_tp, d_tp, mode):
     with make_pair(p_tp, d_tp, backend=backend, transfer_mode=mode, checksum=True) as (p, d):
         kv, seq = send(p, d)
@@ -180,7 +180,7 @@ def test_a_request_may_come_before_its_pair_is_connected():
         p.close()
 
 
-@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "staged_shm", "gloo"])
 def test_a_closed_connector_lets_go_of_the_cache(backend):
     gc.disable()
     try:

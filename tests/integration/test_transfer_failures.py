@@ -56,7 +56,7 @@ def assert_clean(*nodes: Node) -> None:
 # ---- corruption, mismatch ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "staged_shm", "gloo"])
 def test_the_checksum_catches_a_flipped_bit(backend, monkeypatch):
     with make_pair(backend=backend, checksum=True) as (p, d):
         crc_of = sender.crc_of
@@ -158,7 +158,7 @@ def test_declining_a_request_that_runs_here_changes_nothing():
 # ---- cancel -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "staged_shm", "gloo"])
 def test_d_cancels_in_the_middle_of_a_transfer(backend):
     with make_pair(backend=backend, p=SLOW) as (p, d):
         on_p, on_d = begin(p, d)
@@ -287,7 +287,7 @@ def peer_process(role: Role, backend: str, port: int = 0, peer: str = "-"):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "staged_shm", "gloo"])
 def test_p_is_killed_in_the_middle_of_a_transfer(backend):
     d = Node(Role.DECODE, backend=backend)
     try:
@@ -308,7 +308,7 @@ def test_p_is_killed_in_the_middle_of_a_transfer(backend):
         d.close()
 
 
-@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "staged_shm", "gloo"])
 def test_d_is_killed_in_the_middle_of_a_transfer(backend):
     p = Node(Role.PREFILL, backend=backend, **SLOW)
     try:

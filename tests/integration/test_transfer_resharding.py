@@ -16,7 +16,7 @@ CASES = [  # what sizes do to a plan is tested in test_transfer_end_to_end; here
     ("cpu", "shm", "layer", 2, 4),
     *(
         pytest.param("cuda", backend, mode, *tp, marks=pytest.mark.gpu)
-        for backend, mode in (("cuda_ipc", "bulk"), ("cuda_ipc", "layer"), ("tcp", "layer"))
+        for backend, mode in (("cuda_ipc", "bulk"), ("cuda_ipc", "layer"), ("shm", "layer"), ("tcp", "layer"))
         for tp in ((1, 2), (2, 1), (2, 4), (4, 2), (8, 2), (1, 8))
     ),
 ]

@@ -17,6 +17,9 @@ def tracker_enabled(monkeypatch):
     monkeypatch.setenv("ENABLE_LAYER_TRACKER", "1")
 
 
+SETTINGS = [("tcp", 1, 1, "layer"), ("shm", 2, 1, "layer"), ("tcp", 1, 2, "chunk"), ("staged_shm", 1, 2, "layer")]
+
+
 class Side:
     """One node's sequences and its free blocks."""
 
@@ -99,7 +102,7 @@ def play(p: Side, d: Side, num_requests: int, seed: int, num_tokens: int = 40) -
     return num_received, len(d.dead)
 
 
-@pytest.mark.parametrize(("backend", "p_tp", "d_tp", "mode"), [("tcp", 1, 1, "layer"), ("shm", 2, 1, "layer"), ("tcp", 1, 2, "chunk")])
+@pytest.mark.parametrize(("backend", "p_tp", "d_tp", "mode"), SETTINGS)
 def test_nothing_leaks_and_nothing_is_corrupted(backend, p_tp, d_tp, mode):
     with make_pair(p_tp, d_tp, backend=backend, transfer_mode=mode, checksum=True, lease_s=5.0) as (p, d):
         num_received, num_failed = play(Side(p), Side(d), 150, seed=1)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ksana_lab.core.sequence import Sequence
 from ksana_lab.core.step import ScheduledSeq, SchedulerOutput
 from ksana_lab.protocol.engine import PeerUpdate, TransferKey
 from ksana_lab.tracing.recorder import NullRecorder
+from ksana_lab.transfer import registry
 from ksana_lab.transfer.plan import heads_of
 from ksana_lab.transfer.scheduler_side import KVSchedulerConnector, make_scheduler_connector
 from ksana_lab.transfer.worker_side import KVWorkerConnector, make_worker_connector
@@ -58,13 +60,16 @@ def freeze(pid: int) -> None:
 
 
 class Node:
-    """All ranks of one node in this process, its scheduler's side, and the news so far. ``device`` "cuda": their caches share one GPU."""
+    """All ranks of one node in this process, its scheduler's side, and the news so far. ``device`` "cuda": their caches share one GPU.
+    ``backend`` "staged_shm": on a CPU, what shm is on a GPU."""
 
     def __init__(
         self, role: Role, tp: int = 1, *, backend="tcp", port=0, block=BLOCK, layers=LAYERS, waiting_timeout_s=60.0, device="cpu", **options
     ):
         self.role, self.tp = role, tp
         self.ipc_dir = tempfile.mkdtemp(prefix="kv-")
+        classes = registry._ON_GPU if backend == "staged_shm" else {}
+        backend = backend.removeprefix("staged_")
         connector = ConnectorOptions(role=role, coordinator_addr=NodeAddr("127.0.0.1", port), backend=backend, **options)
         scheduler = SchedulerOptions(waiting_timeout_s=waiting_timeout_s)
         runtime = RuntimeOptions(device=device)
@@ -76,7 +81,8 @@ class Node:
         self.workers: list[KVWorkerConnector] = []
         self.memories: list[torch.Tensor] = []
         for rank in range(tp):
-            worker = make_worker_connector(self.config, rank, tp, self.recorder, self._wake.set, self.ipc_dir)
+            with mock.patch.dict(registry._BACKENDS, classes):
+                worker = make_worker_connector(self.config, rank, tp, self.recorder, self._wake.set, self.ipc_dir)
             cache = worker.allocate(self.layout.total_bytes, torch.device("cuda:0" if device == "cuda" else device))
             worker.register(cache, self.layout)
             self.workers.append(worker)

@@ -9,7 +9,6 @@ end of the stream is closed, which P does only when its copies are over, or by d
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import threading
 import time
@@ -21,7 +20,7 @@ import torch
 
 from ksana_lab import cuda_driver
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial
+from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial, listen_on_host
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
 from ksana_lab.transfer.staging import check_alignment
@@ -243,10 +242,7 @@ class CudaIpcBackend(ServedByStream):
     def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
         if self._memory is None or cache.data_ptr() != self._memory.data_ptr():
             raise TransferError("backend cuda_ipc can serve only the memory it allocated")
-        name = f"ksana_lab-kv-{os.getpid()}-{secrets.token_hex(8)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(f"\0{name}")  # abstract: no file, gone with the process
-        listener.listen(128)
+        listener, name = listen_on_host()
         self._server = StreamServer(listener, events, cache_bytes=cache.numel())
         device = cache.device.index or 0
         handle = cuda_driver.driver().export(cache.data_ptr(), device)

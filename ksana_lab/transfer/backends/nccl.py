@@ -27,16 +27,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import stream
-from ksana_lab.transfer.backends.stream import ACK, DONE, OK, REFUSED, Frame, ServedByStream, StreamLink, StreamServer, dial, staged
+from ksana_lab.transfer.backends.stream import DONE, REFUSED, Frame, ServedByStream, StreamLink, StreamServer, dial, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
-from ksana_lab.transfer.staging import Slot
+from ksana_lab.transfer.staging import Slot, packed
 
 log = logging.getLogger(__name__)
 
@@ -276,29 +275,20 @@ class PairServer(StreamServer):
             channel = bounded(make, JOIN_S, is_over)
         except TransferError as error:
             log.warning("no communicator with a prefill rank: %s", error)
-            self._say(writer, frame, REFUSED, str(error))
+            self._say(writer, frame, str(error), REFUSED)
             return  # it is for P to end the connection: it would not hear the reason behind the end
         self._joined[writer] = _Joined(channel, Slot(self._memory, STAGE_BYTES, on_device=True), is_over)
-        self._say(writer, frame, OK, "")
+        self._say(writer, frame)
 
     def _probe(self, writer: Any, frame: Frame, joined: _Joined) -> None:
         memory = joined.receive(frame.nbytes)
         writer.first_ns = 0
-        self._say(writer, frame, OK, _crc(memory) if frame.num_runs else "")
+        self._say(writer, frame, _crc(memory) if frame.num_runs else "")
 
     def _move(self, writer: Any, frame: Frame, joined: _Joined) -> None:
         table = self._receive_table(writer.wire, frame)
         joined.receive(frame.nbytes)
-        with self._lock:
-            window = self._windows.get(frame.window)
-        if window is not None:
-            with window.lock:
-                if window.is_open:
-                    joined.stage.scatter(np.column_stack((np.cumsum(table[:, 1]) - table[:, 1], table)))
-
-    def _say(self, writer: Any, frame: Frame, status: int, text: str) -> None:
-        data = text.encode()[:4096]
-        writer.wire.send([Frame(ACK, status, 0, frame.window, frame.token, len(data)).pack(), data])
+        self._scatter(joined.stage, table, self._window(frame))
 
     def close(self) -> None:
         super().close()
@@ -342,11 +332,9 @@ class PairLink:
             if source is not None and after is not None:
                 after.synchronize()
             for i, batch in enumerate(staged(shifted(copies, shift), STAGE_BYTES)):
-                packed = batch.copy()
-                packed[:, 1] = np.cumsum(batch[:, 2]) - batch[:, 2]
                 nbytes = int(batch[:, 2].sum())
                 stage = self._settled(i % 2)
-                stage.start_gather(packed, source)
+                stage.start_gather(packed(batch), source)
                 self._stream.ask(MOVE, len(batch), window=window, nbytes=nbytes, payload=batch[:, 1:].astype("<i8").tobytes())
                 self._send(i % 2, nbytes)
             for i in (0, 1):

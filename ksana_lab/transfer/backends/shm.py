@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import secrets
 import socket
 import threading
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial
+from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial, listen_on_host
 from ksana_lab.transfer.backends.tcp import host_view
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
@@ -31,6 +30,28 @@ log = logging.getLogger(__name__)
 
 def is_supported() -> bool:
     return hasattr(os, "memfd_create") and hasattr(socket, "send_fds")
+
+
+def make_file(name: str, nbytes: int) -> int:
+    """Descriptor of zeroed memory that has a size, and no name in any file system. Raises TransferError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)  # now, instead of a bus error at the first touch
+    except OSError as error:
+        os.close(fd)
+        raise TransferError(f"cannot get {nbytes / 2**20:.0f} MiB of shared memory for KV: {error}") from error
+    return fd
+
+
+def map_file(fd: int, nbytes: int) -> mmap.mmap:
+    """Memory that processes share. Raises TransferError, also for a file of another size."""
+    try:
+        if (found := os.fstat(fd).st_size) != nbytes:
+            raise TransferError(f"the memory has {found} bytes instead of {nbytes}: is the peer on a GPU as this node, and of its version?")
+        # Page tables are filled now, not by the first request.
+        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    except (OSError, ValueError) as error:
+        raise TransferError(f"cannot map the decode rank's memory: {error}") from error
 
 
 _SCRATCH_BYTES = 4 << 20  # behind the cache in the same file: where a new link is measured
@@ -101,24 +122,14 @@ class ShmBackend(ServedByStream):
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if device.type != "cpu":
             raise TransferError(f"backend shm keeps the KV cache in host memory, not on {device}")
-        self._fd = os.memfd_create("ksana_lab-kv", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(self._fd, 0, nbytes + _SCRATCH_BYTES)  # now, instead of a bus error at the first touch
-            memory = mmap.mmap(self._fd, nbytes + _SCRATCH_BYTES)
-        except OSError as error:
-            os.close(self._fd)
-            self._fd = -1
-            raise TransferError(f"cannot get {nbytes / 2**20:.0f} MiB of shared memory for the KV cache: {error}") from error
-        self._memory = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+        self._fd = make_file("ksana_lab-kv", nbytes + _SCRATCH_BYTES)
+        self._memory = torch.frombuffer(map_file(self._fd, nbytes + _SCRATCH_BYTES), dtype=torch.uint8)[:nbytes]
         return self._memory
 
     def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
         if self._memory is None or cache.data_ptr() != self._memory.data_ptr():
             raise TransferError("backend shm can serve only the memory it allocated")
-        name = f"ksana_lab-kv-{os.getpid()}-{secrets.token_hex(8)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(f"\0{name}")  # abstract: no file, gone with the process
-        listener.listen(128)
+        listener, name = listen_on_host()
         self._server = StreamServer(listener, events, cache_bytes=cache.numel(), fds=(self._fd,))
         return {"name": name, "secret": self._server.secret}
 
@@ -131,14 +142,9 @@ class ShmBackend(ServedByStream):
         sock = dial(socket.AF_UNIX, f"\0{name}", timeout_s)
         stream = StreamLink(sock, secret, session, events, timeout_s, max_fds=1, is_kept=True)
         try:
-            file_bytes = stream.peer_bytes + _SCRATCH_BYTES
-            if len(stream.fds) != 1 or os.fstat(stream.fds[0]).st_size != file_bytes:
-                raise TransferError("the decode rank sent no memory, or memory of another size than it says")
-            # Page tables are filled now, not by the first request.
-            memory = mmap.mmap(stream.fds[0], file_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-        except (OSError, ValueError) as error:
-            stream.close()
-            raise TransferError(f"cannot map the decode rank's memory: {error}") from error
+            if len(stream.fds) != 1:
+                raise TransferError("the decode rank sent no memory")
+            memory = map_file(stream.fds[0], stream.peer_bytes + _SCRATCH_BYTES)
         except TransferError:
             stream.close()
             raise

@@ -10,6 +10,7 @@ Frames, little-endian header ``<IBBHIQQQ`` = magic, version, kind, status, runs,
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import os
@@ -19,7 +20,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -300,6 +301,11 @@ class StreamServer:
         elif not writer.session:
             log.warning("turned a KV connection away: %s", reason)
 
+    @contextlib.contextmanager
+    def _files_for(self, writer: _Writer) -> Iterator[Sequence[int]]:
+        """What READY hands to a writer that knows the secret."""
+        yield self._fds
+
     def _part_with(self, writer: _Writer) -> None:
         """For a kind of server that keeps more of a writer than its connection, which is over."""
 
@@ -311,14 +317,15 @@ class StreamServer:
         if not hmac.compare_digest(bytes(offered), self.secret.encode()):
             raise TransferError("the peer does not know this endpoint's secret")
         ready = Frame(READY, OK, 0, self._cache_bytes, 0, 0).pack()
-        with self._lock:
-            if hello.window in self._forgotten:
-                raise TransferError(f"session {hello.window} is over")
-            writer.session = hello.window
-        if self._fds:
-            socket.send_fds(writer.wire.sock, [ready], self._fds)
-        else:
-            writer.wire.send([ready])
+        with self._files_for(writer) as fds:
+            with self._lock:
+                if hello.window in self._forgotten:
+                    raise TransferError(f"session {hello.window} is over")
+                writer.session = hello.window
+            if fds:
+                socket.send_fds(writer.wire.sock, [ready], fds)
+            else:
+                writer.wire.send([ready])
 
     def _take(self, writer: _Writer, frame: Frame) -> None:
         writer.first_ns = writer.first_ns or time.monotonic_ns()
@@ -332,13 +339,15 @@ class StreamServer:
 
     def _take_write(self, writer: _Writer, frame: Frame) -> None:
         wire = writer.wire
-        table = self._receive_table(wire, frame)
-        with self._lock:
-            window = self._windows.get(frame.window)
+        table, window = self._receive_table(wire, frame), self._window(frame)
         if self._cache is not None:
             self._fill(wire, [self._cache[offset : offset + size] for offset, size in table.tolist()], window)
         else:
             self._fill_device(writer, table, window)
+
+    def _window(self, frame: Frame) -> _Window | None:
+        with self._lock:
+            return self._windows.get(frame.window)
 
     def _receive_table(self, wire: Wire, frame: Frame) -> np.ndarray:
         """int64 [n, 2] (offset, bytes) of a write. Raises TransferError when it is not inside the cache."""
@@ -358,11 +367,14 @@ class StreamServer:
         for batch in staged(np.column_stack((table[:, 0], table)), len(stage.host)):
             nbytes = int(batch[:, 2].sum())
             self._fill(writer.wire, [stage.host[:nbytes]], _Window())
-            if window is not None:
-                with window.lock:
-                    if window.is_open:
-                        batch[:, 0] = np.cumsum(batch[:, 2]) - batch[:, 2]
-                        stage.scatter(batch)
+            self._scatter(stage, batch[:, 1:], window)
+
+    def _scatter(self, stage: Stage, table: np.ndarray, window: _Window | None) -> None:
+        """``table`` (offset in the cache, bytes): what lies in that order in ``stage``, as long as the window is open."""
+        if window is not None:
+            with window.lock:
+                if window.is_open:
+                    stage.scatter(np.column_stack((np.cumsum(table[:, 1]) - table[:, 1], table)))
 
     def _fill(self, wire: Wire, views: list[memoryview], window: _Window | None) -> None:
         """Receive into ``views`` for as long as the window is open; what comes later is read and thrown away."""
@@ -393,8 +405,12 @@ class StreamServer:
         error: str | None = "the decode node does not expect this request any more"
         if is_open:
             error = self._events.on_notice(writer.session, frame.window, notice, first_ns)
-        text = (error or "").encode()[:4096]
-        writer.wire.send([Frame(ACK, REFUSED if error else OK, 0, frame.window, frame.token, len(text)).pack(), text])
+        self._say(writer, frame, error or "", REFUSED if error else OK)
+
+    def _say(self, writer: _Writer, frame: Frame, text: str = "", status: int = OK) -> None:
+        """The answer to ``frame``."""
+        data = text.encode()[:4096]
+        writer.wire.send([Frame(ACK, status, 0, frame.window, frame.token, len(data)).pack(), data])
 
 
 class ServedByStream:
@@ -611,6 +627,15 @@ def listen(host: str) -> socket.socket:
         return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
     except OSError as error:
         raise TransferError(f"cannot listen for KV on {host}: {error}; is it an address of this host?") from error
+
+
+def listen_on_host() -> tuple[socket.socket, str]:
+    """A listening socket for processes of this host, and its name for ``dial``, behind a NUL: no file, gone with the process."""
+    name = f"ksana_lab-kv-{os.getpid()}-{secrets.token_hex(8)}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0{name}")
+    listener.listen(128)
+    return listener, name
 
 
 def dial(family: int, address: tuple[str, int] | str, timeout_s: float) -> socket.socket:

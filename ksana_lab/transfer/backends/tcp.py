@@ -17,7 +17,7 @@ from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink, StreamServer, dial, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
-from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair
+from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair, packed
 
 _BURST_BYTES = 8 << 20
 _LOOPBACK_BYTES_PER_S = 1e9  # what any host of today gives over its own loopback device
@@ -52,14 +52,14 @@ class TcpLink:
     def _write_staged(self, stage: SlotPair, copies: Copies, window: int) -> Ticket:
         with stage.lock:
             batches = staged(copies, SLOT_BYTES)
-            packed = [_packed(batch) for batch in batches]
-            stage.slots[0].start_gather(packed[0])
+            to_stage = [packed(batch) for batch in batches]
+            stage.slots[0].start_gather(to_stage[0])
             for i, batch in enumerate(batches):
                 if i + 1 < len(batches):
-                    stage.slots[(i + 1) % 2].start_gather(packed[i + 1])
+                    stage.slots[(i + 1) % 2].start_gather(to_stage[i + 1])
                 slot = stage.slots[i % 2]
                 slot.wait()
-                self._stream.write(np.column_stack((packed[i][:, 1], batch[:, 1:])), window, slot.host)
+                self._stream.write(np.column_stack((to_stage[i][:, 1], batch[:, 1:])), window, slot.host)
         return DONE
 
     def examine(self, timeout_s: float) -> LinkReport:
@@ -96,13 +96,6 @@ def _host_bytes(source: torch.Tensor, after: Any) -> memoryview:
         if after is not None:
             after.synchronize()
         return memoryview(source.cpu().numpy())  # type: ignore[arg-type]
-
-
-def _packed(copies: Copies) -> Copies:
-    """From the cache to one place after the other in a stage."""
-    packed = copies.copy()
-    packed[:, 1] = np.cumsum(copies[:, 2]) - copies[:, 2]
-    return packed
 
 
 def _is_loopback(host: str) -> bool:
