@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -487,7 +487,8 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         _results.check_machine(args.json, args.device)
     arch, _, shape_name = args.model.partition("-")
-    backends = [args.backend] if args.backend != "auto" else (["cuda_ipc", "shm", "tcp"] if args.device == "cuda" else ["shm", "tcp"])
+    chosen = ["cuda_ipc", "shm", "tcp"] if args.device == "cuda" else ["shm", "tcp"]
+    backends = list(dict.fromkeys(name for given in args.backend for name in (chosen if given == "auto" else [given])))
     rows: list[Row] = []
     figures: list[_results.Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -497,8 +498,9 @@ def main(argv: Sequence[str]) -> int:
                 _keep(row, rows, args)
         if "overlap" in args.parts:
             settings = [Setting(mode, gbps) for gbps in args.gbps for mode in args.mode if gbps is None or mode != "auto"]
-            for row in measure_overlap(model_dir, args.backend, settings, args.tokens, args.device, args.rounds, args.wire_dtype):
-                _keep(row, rows, args)
+            for backend in args.backend:
+                for row in measure_overlap(model_dir, backend, settings, args.tokens, args.device, args.rounds, args.wire_dtype):
+                    _keep(row, rows, args)
         figures += [_results.Row(name, unit, None, value) for name, unit, value in named(rows)]
         if "fp8" in args.parts:
             for name, unit, value in measure_fp8(args.model_dir or model_dir, args.device, prompt_tokens=max(args.tokens)):
@@ -530,13 +532,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="qwen3-8b" if device == "cuda" else "qwen3-tiny", metavar="ARCH-SHAPE")
     parser.add_argument("--model-dir", metavar="DIR", help="of fp8: a checkpoint instead of random weights of --model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--backend", default="auto", choices=("auto", "cuda_ipc", "shm", "tcp", "nccl", "gloo", "nixl"))
-    parser.add_argument("--mode", type=lambda text: text.split(","), default=["bulk", "chunk", "layer"], help="of bulk, chunk, layer, auto")
+    parser.add_argument(
+        "--backend", type=_words("auto", "cuda_ipc", "shm", "tcp", "nccl", "gloo", "nixl"), default=["auto"], metavar="NAMES",
+        help="e.g. cuda_ipc,tcp; auto: of link every one that a pair would try, of overlap the one that it takes",
+    )  # fmt: skip
+    modes = "bulk", "chunk", "layer", "auto"
+    parser.add_argument("--mode", type=_words(*modes), default=[*modes[:3]], metavar="MODES", help=f"of {', '.join(modes)}")
     parser.add_argument("--tokens", type=_numbers, default=[512, 2048, 8192] if device == "cuda" else [64, 256], help="prompt lengths")
     parser.add_argument("--gbps", type=_speeds, default=[None], help="emulated links, e.g. none,400,100,25 (none: the hardware's own)")
-    parser.add_argument(
-        "--parts", type=lambda text: text.split(",") if text else [], default=["link", "overlap"], help="of link, overlap, fp8"
-    )
+    parts = "link", "overlap", "fp8"
+    parser.add_argument("--parts", type=_words(*parts), default=[*parts[:2]], metavar="PARTS", help=f"of {', '.join(parts)}; may be empty")
     parser.add_argument("--wire-dtype", choices=("auto", "fp8_e4m3"), default="auto", help="overlap: of KV on its way")
     parser.add_argument("--end-to-end", action="store_true", help="mixed against 1P1D through routers")
     parser.add_argument("--rate-requests", type=int, default=100, help="end to end: requests at 8 a second; 0 = none")
@@ -544,6 +549,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("csv", "figure", "json"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE")
     return parser.parse_args(argv)
+
+
+def _words(*known: str) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        words = text.split(",") if text else []
+        if unknown := [word for word in words if word not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return words
+
+    return read
 
 
 def _numbers(text: str) -> list[int]:
@@ -560,7 +575,7 @@ def _write(args: argparse.Namespace, figures: Sequence[_results.Row]) -> None:
 
 
 def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
-    """The figures that ``docs/results/transfer.json`` keeps, of the fastest backend measured first."""
+    """The figures that ``docs/results/transfer.json`` keeps: of the backend that was measured first."""
     out: dict[str, tuple[str, float | None]] = {}
     for row in rows:
         link = ("" if row.gbps is None else f".{row.gbps:g}gbps") + ("" if row.wire_dtype == "auto" else f".{row.wire_dtype}")
@@ -568,10 +583,10 @@ def named(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
             out.setdefault(f"bandwidth_ratio.{row.mode}.{row.tokens}", ("x", row.bandwidth_ratio))
             out.setdefault(f"bandwidth_gbs.{row.mode}.{row.tokens}", ("GB/s", row.bandwidth_gbs))
         else:
-            out[f"hidden_fraction.{row.mode}.{row.tokens}{link}"] = ("", row.hidden_fraction)
-            out[f"exposed_ms.{row.mode}.{row.tokens}{link}"] = ("ms", row.exposed_ms)
+            out.setdefault(f"hidden_fraction.{row.mode}.{row.tokens}{link}", ("", row.hidden_fraction))
+            out.setdefault(f"exposed_ms.{row.mode}.{row.tokens}{link}", ("ms", row.exposed_ms))
             if row.gbps is None:
-                out[f"prefill_slowdown_pct.{row.mode}.{row.tokens}{link}"] = ("%", row.slowdown_pct)
+                out.setdefault(f"prefill_slowdown_pct.{row.mode}.{row.tokens}{link}", ("%", row.slowdown_pct))
     return [(name, unit, value) for name, (unit, value) in out.items() if value is not None]
 
 
@@ -586,27 +601,34 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Exposed time against prompt length, one panel for each link speed."""
+    """Exposed time against prompt length: a row of panels for each backend, in it one for each link speed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row.part == "overlap"]
-    speeds = list(dict.fromkeys(row.gbps for row in rows))
-    if not speeds:
+    backends, speeds = ([*dict.fromkeys(getattr(row, name) for row in rows)] for name in ("backend", "gbps"))
+    if not rows:
         return
-    figure, panels = plt.subplots(1, len(speeds), figsize=(3.2 * len(speeds), 3.3), sharey=True, squeeze=False)
+    lengths = sorted({row.tokens for row in rows})
+    size = (max(4.0, 3.2 * len(speeds)), 0.4 + 2.9 * len(backends))
+    figure, panels = plt.subplots(len(backends), len(speeds), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
     drawn: dict[str, Any] = {}
-    for axes, gbps in zip(panels[0], speeds, strict=True):
+    for axes, (backend, gbps) in zip(panels.flat, itertools.product(backends, speeds), strict=True):
         for mode in dict.fromkeys(row.mode for row in rows):
-            points = sorted((row.tokens, row.exposed_ms or 0.0) for row in rows if (row.gbps, row.mode) == (gbps, mode))
-            if points:
+            own = [row for row in rows if (row.backend, row.gbps, row.mode) == (backend, gbps, mode)]
+            if points := sorted((row.tokens, row.exposed_ms or 0.0) for row in own):
                 (drawn[mode],) = axes.plot(*zip(*points, strict=True), **_STYLES[mode])
-        axes.set(title="hardware's own link" if gbps is None else f"{gbps:g} Gb/s", xlabel="prompt tokens", xscale="log", yscale="log")
-    panels[0][0].set_ylabel("exposed (ms)")
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
-    figure.legend(drawn.values(), drawn.keys(), loc="upper center", ncols=len(drawn), frameon=False)
+        speed = "hardware's own link" if gbps is None else f"{gbps:g} Gb/s"
+        axes.set(title=speed if backend == "auto" else f"{backend}, {speed}", xscale="log", yscale="log")
+        axes.set_xticks(lengths, labels=[str(length) for length in lengths], fontsize=7)
+        axes.minorticks_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("prompt tokens")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("exposed (ms)")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ksana_lab.bench.transfer import Row, Setting, named, overlap_row, write_csv
+from ksana_lab.bench.transfer import Row, Setting, main, named, overlap_row, write_csv
 
 FOUND = {  # of one prompt, as the sender counts
     "bytes_sent": 50_000_000.0, "copies": 4.0, "post_s": 0.001, "wire_s": 0.008, "exposed_s": 0.002, "device_wire_s": 0.004,
@@ -65,3 +65,15 @@ def test_the_documentations_table_has_no_figure_that_means_nothing():
         rows = list(csv.DictReader(file))
     assert rows and not any(row["bandwidth_ratio"] for row in rows)
     assert all(bool(row["nominal_wire_ms"]) == bool(row["gbps"]) != bool(row["wire_ms"]) for row in rows)
+
+
+def test_of_several_backends_the_first_ones_figures_are_kept():
+    rows = [replace(row_of(), backend=backend, total_ms=total) for backend, total in (("cuda_ipc", 22.0), ("tcp", 30.0))]
+    assert dict((name, value) for name, _, value in named(rows))["prefill_slowdown_pct.layer.64"] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("wrong", [["--backend", "shm,udp"], ["--mode", "layers"], ["--parts", "links"]])
+def test_a_word_that_is_none_is_refused_with_those_that_are(wrong, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(wrong)
+    assert refused.value.code == 2 and "is none of" in capsys.readouterr().err
