@@ -21,7 +21,8 @@ RECORDS_VERSION = 1  # of the JSON-lines file; changes when RequestRecord's fiel
 
 
 def to_frame(records: Iterable[RequestRecord], **columns: Any) -> pd.DataFrame:
-    """One row per request: ids, counts, every per-request metric in seconds, labels, and ``columns`` repeated in each row."""
+    """One row per request: ids, counts, every per-request metric in seconds, what was sent of its KV where that is known, labels, and
+    ``columns`` repeated in each row."""
     return pd.DataFrame([_row(r, columns) for r in records])
 
 
@@ -51,6 +52,8 @@ def _row(record: RequestRecord, columns: dict[str, Any]) -> dict[str, Any]:
         "is_cancelled": is_cancelled(record),
     }
     row.update({name: function(record) for name, function in latency.PER_REQUEST.items()})
+    if record.transfer:
+        row |= record.transfer | {"hidden_fraction": latency.hidden_fraction(record)}
     return row | record.labels | columns
 
 

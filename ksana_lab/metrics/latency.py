@@ -92,6 +92,12 @@ def transfer_s(record: RequestRecord) -> float | None:
     return _between(record, "transfer_start", "transfer_end")
 
 
+def hidden_fraction(record: RequestRecord) -> float | None:
+    """Of the time that pieces of its KV were on the wire, the share before its last layer was computed. A share, not seconds."""
+    wire_s = record.transfer.get("wire_s")
+    return record.transfer["hidden_s"] / wire_s if wire_s else None
+
+
 def decode_s(record: RequestRecord) -> float | None:
     """First token to last, as the serving side saw it."""
     return _between(record, "first_token", "finished")

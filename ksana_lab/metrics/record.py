@@ -1,5 +1,5 @@
-"""What is known of one request when it is over. Written by the load generator, by the engine's trace, and (later) by the simulator;
-metrics, plots and sweeps read nothing else. Times are seconds on one monotonic clock; None = not known to the producer."""
+"""What is known of one request when it is over. Written by the load generator, completed from the nodes' event logs; metrics, plots and
+sweeps read nothing else. Times are seconds on one monotonic clock; None = not known to the producer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class RequestRecord:
     # When what happened on the serving side: arrival prefill_start prefill_end transfer_start transfer_end first_token finished. From an
     # event log (tracing/phases.py) they are on the client's clock, from elsewhere only their differences mean something.
     phases: dict[str, float] = field(default_factory=dict)
+    # What was sent of its KV from P to D, over all ranks, from an event log: kv_bytes on the wire, num_pieces, num_copies (contiguous
+    # runs), and by the sender's clock, pieces added up: wire_s = hidden_s + exposed_wire_s, before and after the prompt's last layer was
+    # computed; after_last_layer_s: from then to the last arrival.
+    transfer: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str | float | int] = field(default_factory=dict)  # sweep point, node pair, …
 
     @property

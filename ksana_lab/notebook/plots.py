@@ -272,8 +272,8 @@ def heat_map(
 
 
 def exposed_vs_prompt(requests: pd.DataFrame, *, by: str = "transfer_mode") -> Figure:
-    """KV transfer that prefill did not hide, against prompt length: one point per request, the median of each length drawn through. Of a
-    timeline's requests counted from the last layer, of records' from the end of prefill, the last that they know."""
+    """KV transfer that prefill did not hide, against prompt length: one point per request, the median of each length drawn through. Counted
+    from the prompt's last layer, or where that is not known (records of before) from the end of prefill."""
     return against_prompt(requests, "after_last_layer_s" if "after_last_layer_s" in requests else "exposed_transfer_s", by=by)
 
 

@@ -1,4 +1,5 @@
-"""``RequestRecord.phases`` out of event logs: when what happened to a request on the serving side, on the client's clock.
+"""``RequestRecord.phases`` and ``transfer`` out of event logs: when what happened to a request on the serving side, on the client's clock,
+and what was sent of its KV.
 
 A part of what timeline.load joins, without layers and counters, so that it can be done after every run of a sweep."""
 
@@ -22,10 +23,12 @@ _COLUMNS = {
     "first_token": "prefill_end_s",  # the end of that step is when it was sampled
     "finished": "decode_end_s",
 }
+_TRANSFER = ("kv_bytes", "num_pieces", "num_copies", "wire_s", "hidden_s", "exposed_wire_s", "after_last_layer_s")
 
 
 def add_phases(records: Sequence[RequestRecord], folder: str | Path | Sequence[str | Path]) -> int:
-    """Fill in the phases of those that the logs in ``folder`` tell of; their number. Raises ConfigError when there is no log."""
+    """Fill in the phases of those that the logs in ``folder`` tell of, and their transfer; their number. Raises ConfigError when there is
+    no log."""
     requests, origin_s = request_frame(read_logs(folder), records)
     if not len(requests):
         return 0
@@ -37,5 +40,6 @@ def add_phases(records: Sequence[RequestRecord], folder: str | Path | Sequence[s
         row = found.loc[record.request_id]
         times = {phase: row.get(column) for phase, column in _COLUMNS.items()}
         record.phases = {phase: float(at) + origin_s for phase, at in times.items() if at is not None and at == at}
+        record.transfer = {name: float(row[name]) for name in _TRANSFER if row.get("num_pieces", 0) > 0}
         count += "prefill_end" in record.phases
     return count

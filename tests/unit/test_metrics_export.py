@@ -25,6 +25,13 @@ def test_frame_has_a_row_per_request_with_metrics_and_labels(tmp_path):
     assert (frame["rate"][0], frame["split"][0]) == (4, "1P1D")
 
 
+def test_what_was_sent_of_a_request_is_in_its_row_where_it_is_known():
+    sent = replace(records()[0], transfer={"kv_bytes": 4096.0, "wire_s": 0.004, "hidden_s": 0.003})
+    frame = to_frame([sent, records()[1]])
+    assert (frame.kv_bytes[0], frame.hidden_fraction[0]) == (4096, 0.75) and frame.kv_bytes.isna()[1]
+    assert "kv_bytes" not in to_frame(records())
+
+
 def test_gaps_frame_has_a_row_per_gap():
     assert list(gaps_frame(records()).itl_s) == pytest.approx([0.1, 0.2])
     assert gaps_frame([]).empty

@@ -214,9 +214,20 @@ def test_records_get_their_phases_on_the_clients_clock(tmp_path):
         assert latency.exposed_transfer_s(record) == pytest.approx(0.001, abs=1e-5)
 
 
+def test_records_get_what_was_sent_of_their_kv(tmp_path):
+    fake = FakeRun(compute_ms=5.0, wire_ms=2.0)
+    fake.write(tmp_path)
+    add_phases(fake.client, tmp_path)
+    for record in fake.client:
+        assert [record.transfer[name] for name in ("kv_bytes", "num_pieces", "num_copies")] == [4 << 20, 4, 16]
+        seconds = [record.transfer[name] for name in ("wire_s", "hidden_s", "exposed_wire_s", "after_last_layer_s")]
+        assert seconds == pytest.approx([0.008, 0.006, 0.002, 0.002], abs=1e-5)  # of four layers the last is seen
+        assert latency.hidden_fraction(record) == pytest.approx(0.75, abs=1e-3)
+
+
 def test_a_request_that_the_log_does_not_know_keeps_none(tmp_path):
     fake = FakeRun()
     fake.write(tmp_path)
     stranger = RequestRecord("stranger", 8, 1, sent_s=1.0, token_times_s=[1.1], token_counts=[1], finished_s=1.1)
-    assert add_phases([*fake.client, stranger], tmp_path) == 3 and stranger.phases == {}
+    assert add_phases([*fake.client, stranger], tmp_path) == 3 and stranger.phases == stranger.transfer == {}
     assert latency.router_path_s(stranger) is None and latency.first_token_path_s(stranger) is None
