@@ -20,3 +20,8 @@ def crc_of(cache: torch.Tensor, spans: np.ndarray, crc: int = 0) -> int:
         for offset, nbytes in spans.tolist():
             crc = zlib.crc32(memoryview(cache[offset : offset + nbytes].cpu().numpy()), crc)  # type: ignore[arg-type]
     return crc
+
+
+def crc_text(memory: torch.Tensor) -> str:
+    """CRC-32 of all of ``memory``, uint8 on any device, as a message carries it."""
+    return f"{zlib.crc32(memoryview(memory.cpu().numpy())):08x}"  # type: ignore[arg-type]

@@ -1,9 +1,12 @@
 """What shm is between GPUs, with CPU tensors in their place: slots that go round, whose turn it is, and what ends a link."""
 
+import contextlib
 import ctypes
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from ksana_lab.cuda_driver import Driver
 from ksana_lab.errors import TransferError
-from ksana_lab.transfer.backends import staged_shm, stream
+from ksana_lab.transfer.backends import shm, staged_shm, stream
 from ksana_lab.transfer.staging import Slot
 
 SLOT, CACHE = 4096, 16 * 4096
@@ -152,6 +155,24 @@ def test_nothing_is_left_of_a_connection_that_is_over(ends):
         ends.prefill.connect(ends.endpoint, ends.source, session, Events(), 5).close()
     ends.close()
     assert "ksana_lab-stage" not in Path("/proc/self/maps").read_text() and len(os.listdir("/proc/self/fd")) < files
+
+
+def test_a_stage_is_pinned_for_its_gpu_as_long_as_it_is_mapped(monkeypatch):
+    maps = lambda: "ksana_lab-stage" in Path("/proc/self/maps").read_text()  # noqa: E731
+    driver, event = mock.Mock(), mock.Mock()
+    driver.pin.side_effect = driver.unpin.side_effect = lambda *what: None if maps() else pytest.fail("it is not mapped")
+    monkeypatch.setattr("ksana_lab.cuda_driver.driver", lambda: driver)
+    for name, fake in (("device", contextlib.nullcontext), ("Stream", mock.Mock), ("Event", lambda **options: event)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    fd = shm.make_file("ksana_lab-stage", staged_shm._STAGE_BYTES)
+    stage = staged_shm.Stage(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1)), fd)
+    os.close(fd)
+    (address, nbytes, device), _ = driver.pin.call_args
+    assert (address, nbytes, device) == (stage.next()[1].memory.data_ptr(), staged_shm._STAGE_BYTES, 1)
+    stage.close()
+    stage.close()
+    driver.unpin.assert_called_once_with(address, 1)
+    assert event.synchronize.call_count == staged_shm._NUM_SLOTS and not maps()
 
 
 class FakeLibrary:

@@ -290,7 +290,9 @@ def describe_path(device: int, peer_uuid: str) -> tuple[str, float]:
     for other in range(torch.cuda.device_count()):
         if gpu_uuid(other) == peer_uuid:
             if not torch.cuda.can_device_access_peer(device, other):
-                raise TransferError(f"GPU {device} has no peer access to GPU {other} ({peer_uuid}): use communication_type tcp or auto")
+                raise TransferError(
+                    f"GPU {device} has no peer access to GPU {other} ({peer_uuid}): use communication_type shm, tcp or auto"
+                )
             if cuda_driver.driver().has_peer_atomics(device, other):  # NVLink has them, PCIe has not
                 return f"NVLink from GPU {device} to GPU {other}", nvlink
             return f"PCIe peer access from GPU {device} to GPU {other}", _PCIE_BYTES_PER_S

@@ -23,7 +23,6 @@ import select
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -34,6 +33,7 @@ from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import stream
 from ksana_lab.transfer.backends.stream import DONE, REFUSED, Frame, ServedByStream, StreamLink, StreamServer, dial, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
+from ksana_lab.transfer.checksum import crc_text
 from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import Slot, packed
 
@@ -283,7 +283,7 @@ class PairServer(StreamServer):
     def _probe(self, writer: Any, frame: Frame, joined: _Joined) -> None:
         memory = joined.receive(frame.nbytes)
         writer.first_ns = 0
-        self._say(writer, frame, _crc(memory) if frame.num_runs else "")
+        self._say(writer, frame, crc_text(memory) if frame.num_runs else "")
 
     def _move(self, writer: Any, frame: Frame, joined: _Joined) -> None:
         table = self._receive_table(writer.wire, frame)
@@ -303,10 +303,6 @@ def _has_hung_up(sock: socket.socket) -> bool:
     except (ValueError, OSError):
         return True
     return bool(poller.poll(0))
-
-
-def _crc(memory: torch.Tensor) -> str:
-    return f"{zlib.crc32(memoryview(memory.cpu().numpy())):08x}"  # type: ignore[arg-type]
 
 
 # ---- P ----------------------------------------------------------------------------------------------------------------
@@ -382,7 +378,7 @@ class PairLink:
             memory = stage.memory[:nbytes]
             with stage.on_stream():
                 memory.random_(0, 256)
-                expected = _crc(memory)
+                expected = crc_text(memory)
             for i in range(_NUM_PROBES + 1):
                 begin = time.perf_counter()
                 token = self._stream.ask(PROBE, int(i == 0), nbytes=nbytes)

@@ -17,7 +17,6 @@ import os
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from ksana_lab.transfer.backends import stream
 from ksana_lab.transfer.backends.shm import is_supported, make_file, map_file
 from ksana_lab.transfer.backends.stream import DONE, Frame, ServedByStream, StreamLink, StreamServer, dial, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
+from ksana_lab.transfer.checksum import crc_text
 from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import SLOT_BYTES, Slot, packed
 
@@ -44,13 +44,13 @@ class Stage:
 
     def __init__(self, cache: torch.Tensor, fd: int) -> None:
         memory = torch.frombuffer(map_file(fd, _STAGE_BYTES), dtype=torch.uint8)
+        self._slots = [Slot(cache, memory=part) for part in memory.split(SLOT_BYTES)]
+        self._turn = 0
         self._pinned: tuple[int, int] | None = None  # address, device
         if cache.is_cuda:
             address, device = memory.data_ptr(), cache.device.index or 0
             cuda_driver.driver().pin(address, _STAGE_BYTES, device)
             self._pinned = address, device
-        self._slots = [Slot(cache, memory=part) for part in memory.split(SLOT_BYTES)]
-        self._turn = 0
 
     def next(self) -> tuple[int, Slot]:
         """(its number, the slot whose turn it is)"""
@@ -58,13 +58,13 @@ class Stage:
         return number, self._slots[number]
 
     def close(self) -> None:
-        """When nothing is enqueued any more, or is waited for here. May be called twice."""
+        """What is enqueued is waited for. May be called twice."""
         for slot in self._slots:
             slot.wait()
-        self._slots = []
         if self._pinned is not None:
-            cuda_driver.driver().unpin(*self._pinned)
+            cuda_driver.driver().unpin(*self._pinned)  # while it is mapped, which it is as long as a slot is there
             self._pinned = None
+        self._slots = []
 
 
 # ---- D ----------------------------------------------------------------------------------------------------------------
@@ -110,16 +110,12 @@ class StagedServer(StreamServer):
             with slot.on_stream():
                 arrived = torch.empty(frame.nbytes, dtype=torch.uint8, device=self._memory.device)
                 slot.scatter(np.array([[0, 0, frame.nbytes]], np.int64), arrived)
-                text = _crc(arrived) if frame.num_runs else ""
+                text = crc_text(arrived) if frame.num_runs else ""
             self._say(writer, frame, text)
 
     def close(self) -> None:
         super().close()
         self._memory = torch.empty(0, dtype=torch.uint8)
-
-
-def _crc(memory: torch.Tensor) -> str:
-    return f"{zlib.crc32(memoryview(memory.cpu().numpy())):08x}"  # type: ignore[arg-type]
 
 
 # ---- P ----------------------------------------------------------------------------------------------------------------
@@ -188,7 +184,7 @@ class StagedShmLink:
         seconds, own = [], []
         with self._failing() as stage:
             self._fill(stage, whole, numbers).wait()
-            arrived, sent = self._stream.answer_to(self._hand_over(PROBE, 1, SLOT_BYTES), timeout_s), _crc(numbers)
+            arrived, sent = self._stream.answer_to(self._hand_over(PROBE, 1, SLOT_BYTES), timeout_s), crc_text(numbers)
             if arrived != sent:
                 raise TransferError(f"the stage damages what it carries: CRC {arrived} there, {sent} here")
             for _ in range(_NUM_BURSTS):
