@@ -1,4 +1,5 @@
-"""How far a value may be off by chance: over repeats by Student's t; where there is one run, by how many requests it had.
+"""How far a value may be off by chance: over repeats by Student's t, of one run by how many requests it had. Repeats that agree by chance
+have no width by Student's t; how many requests they had still limits them, so of the two the wider counts.
 
 A run's share of requests within the SLO has Wilson's interval, its goodput is read from the lower and from the upper bounds at all rates.
 (Resampling the requests would do, too, but gives no width at all where every one of them met the bounds.) Both take the requests of a run
@@ -10,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from ksana_lab.metrics.summary import Z95, confidence_interval
@@ -75,13 +77,15 @@ def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: fl
 
 
 def estimate(rows: pd.DataFrame, column: str) -> Estimate:
-    """Of one configuration: mean of its repeats; of a single row, its own ``<column>_low`` and ``<column>_high`` where it has them."""
+    """Of one configuration: mean of its repeats. Where they have them, ``<column>_low`` and ``<column>_high`` are each row's own interval,
+    and the one of the mean is at least as wide as those make it."""
     known = rows[rows[column].notna()]
-    if len(known) == 1 and f"{column}_low" in known:
-        value, low, high = (float(known[name].iloc[0]) for name in (column, f"{column}_low", f"{column}_high"))
-        return Estimate(value, low, high)
     interval = confidence_interval(known[column].tolist())
-    return Estimate(interval.mean, interval.low, interval.high)
+    if known.empty or f"{column}_low" not in known:
+        return Estimate(interval.mean, interval.low, interval.high)
+    down, up = (float(np.sqrt(((known[column] - known[f"{column}_{end}"]) ** 2).sum())) / len(known) for end in ("low", "high"))
+    low, high = np.fmin(interval.mean - down, interval.low), np.fmax(interval.mean + up, interval.high)  # nan is unknown
+    return Estimate(interval.mean, float(low), float(high))
 
 
 def goodput_estimate(rows: pd.DataFrame) -> Estimate:
