@@ -64,13 +64,14 @@ def with_attainment_interval(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: float = 0.9) -> pd.DataFrame:
-    """``report.goodput`` with ``goodput_rps_per_gpu_low`` and ``_high``, the latter inf where the highest rate may have met the target.
-    Raises as that does."""
+    """``report.goodput`` with ``goodput_rps_per_gpu_low`` and ``_high``, the latter inf where the highest rate may have met the target, and
+    at least the lowest rate where that missed it: below it nothing was tried. Raises as that does."""
     table = report.goodput(runs, axes, target=target)
     runs = with_attainment_interval(runs)
     low, high = (
         report.goodput(runs.assign(slo_attainment=runs[f"slo_attainment_{end}"]), axes, target=target)[GOODPUT] for end in ("low", "high")
     )
+    high = high.where(table[GOODPUT] > 0, np.maximum(high, table["min_rate"] / table["num_gpus"]))
     return table.assign(
         **{f"{GOODPUT}_low": low, f"{GOODPUT}_high": high.where(~_is_highest_rate(table.assign(**{GOODPUT: high})), math.inf)}
     )

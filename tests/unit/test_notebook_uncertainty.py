@@ -37,6 +37,11 @@ def test_a_highest_rate_that_may_have_met_the_target_leaves_the_goodput_open():
     assert met.is_lower_bound and str(met) == "at least 2"
 
 
+def test_below_the_lowest_rate_nothing_is_known():
+    found = goodput_estimate(goodput(runs({8: 0.1, 16: 0.0})))
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 8 / 2)
+
+
 def test_repeats_that_differ_more_than_their_requests_explain_speak_for_themselves():
     table = pd.DataFrame({GOODPUT: [1.0, 2.0, 3.0], f"{GOODPUT}_low": [0.9, 1.9, 2.9], f"{GOODPUT}_high": [1.1, 2.1, 3.1]})
     assert estimate(table, GOODPUT).high == pytest.approx(2.0 + 4.303 / math.sqrt(3))
