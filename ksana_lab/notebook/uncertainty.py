@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ksana_lab.metrics.summary import Z95, confidence_interval
+from ksana_lab.notebook.configurations import groups
 from ksana_lab.sweep import report
 
 GOODPUT = "goodput_rps_per_gpu"
@@ -87,6 +89,21 @@ def estimate(rows: pd.DataFrame, column: str) -> Estimate:
     down, up = (float(np.sqrt(((known[column] - known[f"{column}_{end}"]) ** 2).sum())) / len(known) for end in ("low", "high"))
     low, high = np.fmin(interval.mean - down, interval.low), np.fmax(interval.mean + up, interval.high)  # nan is unknown
     return Estimate(interval.mean, float(low), float(high))
+
+
+def interval_table(runs: pd.DataFrame, columns: Sequence[str], *, sweep_axes: Sequence[str] | None = None) -> pd.DataFrame:
+    """For a paper: one row per configuration and rate, with ``num_runs`` repeats; of each of ``columns`` (as in ``load_results``, in its
+    unit) the mean, and ``<column>_low`` and ``<column>_high``, its 95% interval, cut at 0 and a share at 1. nan where a single run has
+    none."""
+    runs, rows = with_attainment_interval(runs), []
+    for name, curve in groups(runs, "split", without=("rate",), sweep_axes=sweep_axes):
+        for rate, repeats in curve.groupby("rate", dropna=False):
+            row: dict[str, Any] = {"configuration": name, "rate": rate, "num_runs": len(repeats)}
+            for column in columns:
+                found, most = estimate(repeats, column), 1.0 if column == "slo_attainment" else math.inf
+                row |= {column: found.value, f"{column}_low": np.maximum(0.0, found.low), f"{column}_high": np.minimum(most, found.high)}
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def goodput_estimate(rows: pd.DataFrame) -> Estimate:

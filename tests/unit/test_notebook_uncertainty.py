@@ -5,7 +5,16 @@ import math
 import pandas as pd
 import pytest
 
-from ksana_lab.notebook.uncertainty import GOODPUT, Estimate, estimate, goodput, goodput_estimate, wilson, with_attainment_interval
+from ksana_lab.notebook.uncertainty import (
+    GOODPUT,
+    Estimate,
+    estimate,
+    goodput,
+    goodput_estimate,
+    interval_table,
+    wilson,
+    with_attainment_interval,
+)
 
 
 def runs(attainments, *, count=100, repeats=1) -> pd.DataFrame:
@@ -58,6 +67,15 @@ def test_repeats_that_agree_by_chance_are_as_uncertain_as_their_requests():
 
 def test_a_target_that_a_repeat_may_have_met_at_the_highest_rate_leaves_the_goodput_of_all_open():
     assert math.isinf(goodput_estimate(goodput(runs({2: 1.0, 4: 0.88}, repeats=2))).high)
+
+
+def test_a_table_for_a_paper_has_a_row_per_configuration_and_rate():
+    frame = pd.concat([runs({2: 1.0, 4: 0.8}, repeats=2).assign(link=gbps) for gbps in (1, 10)]).assign(ttft_s_p90=[0.1, 0.3] * 4)
+    table = interval_table(frame, ["ttft_s_p90", "slo_attainment"], sweep_axes=["link"])
+    assert table[["configuration", "rate", "num_runs"]].iloc[0].tolist() == ["1P1D · link=1", 2, 2] and len(table) == 4
+    assert table["ttft_s_p90_high"].iloc[0] == pytest.approx(0.2 + 12.706 * 0.1)
+    assert table["slo_attainment_low"].iloc[0] < 1.0 == table["slo_attainment_high"].iloc[0]
+    assert table["ttft_s_p90_low"].iloc[0] == 0.0
 
 
 def test_estimates_say_their_interval():
