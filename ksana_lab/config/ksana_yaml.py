@@ -361,6 +361,7 @@ def _shown(name: str) -> str:
 
 
 _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a mapping", tuple: "a list of integers"}
+_UNITS = {"_gbps": " of Gb/s (1 GB/s is 8)", "_us": " of microseconds", "_ms": " of milliseconds", "_s": " of seconds"}
 _BOOL_WORDS = {"true": True, "yes": True, "on": True, "y": True, "false": False, "no": False, "off": False, "n": False}
 
 
@@ -370,7 +371,8 @@ def _typed(name: str, key: Key, value: Any, source: str) -> Any:
         kind_value = _of_kind(key.kind, value)
     except TypeError:
         got = f"{value!r}" if not isinstance(value, str) else f"the string {value!r}"
-        raise ConfigError(f"{_shown(name)} must be {_KIND_NAMES[key.kind]}, got {got} ({source})") from None
+        unit = next((said for ending, said in _UNITS.items() if name.endswith(ending)), "")
+        raise ConfigError(f"{_shown(name)} must be {_KIND_NAMES[key.kind]}{unit}, got {got} ({source})") from None
     try:
         return key.convert(kind_value) if key.convert else kind_value
     except ValueError as error:

@@ -25,7 +25,7 @@ class RequestRecord:
     # event log (tracing/phases.py) they are on the client's clock, from elsewhere only their differences mean something.
     phases: dict[str, float] = field(default_factory=dict)
     # What was sent of its KV from P to D, over all ranks, from an event log: kv_bytes on the wire, num_pieces, num_copies (contiguous
-    # runs), and by the sender's clock, pieces added up: wire_s = hidden_s + exposed_wire_s, before and after the prompt's last layer was
+    # runs), and by the sender's clock, links added up: wire_s = hidden_s + exposed_wire_s, before and after the prompt's last layer was
     # computed; after_last_layer_s: from then to the last arrival.
     transfer: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str | float | int] = field(default_factory=dict)  # sweep point, node pair, …

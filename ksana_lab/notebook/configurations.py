@@ -17,7 +17,8 @@ from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import Summary
 from ksana_lab.workload.spec import WorkloadSpec
 
-_MEASURED = frozenset({f.name for kind in (Summary, RequestRecord) for f in fields(kind)} | set(PER_REQUEST) | {"max_rate", "num_rates"})
+_OF_GOODPUT = {"min_rate", "max_rate", "num_rates"}
+_MEASURED = frozenset({f.name for kind in (Summary, RequestRecord) for f in fields(kind)} | set(PER_REQUEST) | _OF_GOODPUT)
 # A unit at the end (``loop_lag_p99_s``, ``per_gpu``), a statistic of a time (``ttft_s_p90``), a bound of an interval.
 _MEASURED_PATTERN = re.compile(r"goodput|.*(_m?s|_us|_rps|_tps|_per_gpu|_low|_high)$|.*_s_(mean|std|max|p\d+)$")
 _ABOUT_THE_RUN = frozenset({"run_id", "repeat", "seed", "folder", "code_version", "num_gpus", "index", "client_lagged"})

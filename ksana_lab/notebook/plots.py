@@ -40,7 +40,7 @@ PHASES = {
     "exposed transfer": ("#D55E00", "////"),
     "decode": ("#56B4E9", ""),
 }
-_WIRE = {"hidden": ("#56B4E9", ""), "exposed": ("#D55E00", "////")}
+_WIRE = {"hidden": ("#0072B2", ""), "exposed": ("#D55E00", "////")}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RC: dict[Any, Any] = {
     "font.size": 9,
@@ -168,15 +168,17 @@ def goodput_by_split(
     runs: pd.DataFrame, *, split: str = "split", value: str = uncertainty.GOODPUT, sweep_axes: Sequence[str] | None = None
 ) -> Figure:
     """One bar per configuration (1P3D, 2P2D, …, mixed nodes), mean of the repeats with its interval. A hatched bar without a top is a lower
-    bound: the target was met at the highest rate that was tried. A star: the client did not keep up."""
+    bound: the target was met at the highest rate that was tried; ``<``: it was missed at the lowest. A star: the client did not keep up."""
     bars = groups(runs, split, sweep_axes=sweep_axes)
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(figsize=(max(5.2, 1.0 + 0.9 * len(bars)), 3.4), layout="constrained")
     values = [uncertainty.goodput_estimate(r) if value == uncertainty.GOODPUT else uncertainty.estimate(r, value) for _, r in bars]
     for i, (found, (_, rows)) in enumerate(zip(values, bars, strict=True)):
-        _draw_bar(axes, i, found, "" if _is_trustworthy(rows) else " *")
+        lowest = (rows["min_rate"] / rows["num_gpus"]).max() if "min_rate" in rows else np.nan
+        _draw_bar(axes, i, found, lowest, "" if _is_trustworthy(rows) else " *")
     axes.set_xticks(range(len(bars)), [name.replace(" · ", "\n") for name, _ in bars])
     notes = ["≥ the target was met at the highest rate that was tried"] if any(found.is_lower_bound for found in values) else []
+    notes += ["< it was missed at the lowest rate that was tried"] if any(found.value == 0 for found in values) else []
     notes += [] if _is_trustworthy(runs) else ["* the client did not keep up in at least one run"]
     axes.set_xlabel("\n".join([split, *notes]))
     axes.set_ylabel("goodput per GPU (requests/s)" if value == uncertainty.GOODPUT else _words(value))
@@ -186,8 +188,8 @@ def goodput_by_split(
     return _done(figure)
 
 
-def _draw_bar(axes: Axes, at: int, found: uncertainty.Estimate, mark: str) -> None:
-    """Never black: the interval is."""
+def _draw_bar(axes: Axes, at: int, found: uncertainty.Estimate, lowest: float, mark: str) -> None:
+    """Never black: the interval is. ``lowest``: per GPU, what a value of 0 is below; nan where that is not known."""
     colour, left, right, top = OKABE_ITO[at % 6], at - 0.4, at + 0.4, found.value
     if found.is_lower_bound:
         axes.bar(at, found.value, width=0.8, color=colour, alpha=0.45, hatch="////", edgecolor="#FFFFFF", linewidth=0)
@@ -200,7 +202,9 @@ def _draw_bar(axes: Axes, at: int, found: uncertainty.Estimate, mark: str) -> No
         top += up
         if np.isinf(found.high):
             axes.plot(at, found.value, marker="^", color="#000000", markersize=5)
-    said = "none met" if found.value == 0 else f"{'≥ ' if found.is_lower_bound else ''}{found.value:.3g}"
+    said = f"{'≥ ' if found.is_lower_bound else ''}{found.value:.3g}"
+    if found.value == 0:
+        said = "none met" if np.isnan(lowest) else f"< {lowest:.3g}"
     axes.annotate(said + mark, (at, top), xytext=(0, 6), textcoords="offset points", ha="center")
 
 
@@ -317,7 +321,7 @@ def layers_on_the_wire(pieces: pd.DataFrame, *, by: str = "transfer_mode") -> Fi
         for axes, (name, rows) in zip(panels[:, 0], groups, strict=True):
             _draw_pieces(axes, rows)
             axes.set_title(str(name), fontsize=9)
-        panels[-1][0].set_xlabel("time since the end of prefill (ms)")
+        panels[-1][0].set_xlabel("time since the end of the last layer (ms)")
         figure.legend(handles=_phase_patches(("hidden", "exposed"), _WIRE), loc="outside upper center", ncols=2)
     return _done(figure)
 
@@ -545,6 +549,7 @@ def _words(metric: str) -> str:
         "itl_s": "inter-token latency",
         "e2e_s": "end-to-end latency",
         "first_gap_s": "first to second token",
+        "after_last_layer_s": "KV arriving after the last layer",
         "slo_attainment": "SLO attainment",
         "goodput_rps": "goodput (requests/s)",
     }.get(metric, metric.removesuffix("_s").replace("_", " "))

@@ -20,7 +20,8 @@ from ksana_lab.metrics.export import gaps_frame, load_records, save_records, sum
 from ksana_lab.metrics.record import RequestRecord
 from ksana_lab.metrics.summary import SLO, distribution, is_cancelled, summarize
 from ksana_lab.notebook import plots
-from ksana_lab.sweep.report import goodput, load_requests, load_results
+from ksana_lab.notebook.uncertainty import goodput, interval_table
+from ksana_lab.sweep.report import load_requests, load_results
 from ksana_lab.sweep.runner import Sweep
 from ksana_lab.tracing import timeline
 from ksana_lab.tracing.timeline import Timeline
@@ -39,6 +40,7 @@ __all__ = [
     "fresh_folder",
     "gaps_frame",
     "goodput",
+    "interval_table",
     "latency_table",
     "load_records",
     "load_requests",

@@ -230,11 +230,11 @@ def _compared(pair: Estimate, mixed: Estimate) -> str:
     if pair.is_lower_bound and mixed.is_lower_bound:
         return "both met it at the highest rate that was tried, so this says nothing about which is better"
     if pair.value == mixed.value == 0:
-        return "neither does"
+        return "neither does at a rate that was tried"
     if pair.overlaps(mixed):
         return "no clear difference, the intervals overlap"
     if mixed.value == 0 or pair.value == 0:
-        return "only disaggregation does" if mixed.value == 0 else "only the mixed nodes do"
+        return f"only {'disaggregation does' if mixed.value == 0 else 'the mixed nodes do'} at a rate that was tried"
     gain = pair.value / mixed.value - 1
     if abs(gain) < 0.03:
         return "as much as each other"

@@ -1,4 +1,5 @@
-"""How far a value may be off by chance: over repeats by Student's t; where there is one run, by how many requests it had.
+"""How far a value may be off by chance: over repeats by Student's t, of one run by how many requests it had. Repeats that agree by chance
+have no width by Student's t; how many requests they had still limits them, so of the two the wider counts.
 
 A run's share of requests within the SLO has Wilson's interval, its goodput is read from the lower and from the upper bounds at all rates.
 (Resampling the requests would do, too, but gives no width at all where every one of them met the bounds.) Both take the requests of a run
@@ -9,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ksana_lab.metrics.summary import Z95, confidence_interval
+from ksana_lab.notebook.configurations import groups
 from ksana_lab.sweep import report
 
 GOODPUT = "goodput_rps_per_gpu"
@@ -62,26 +66,44 @@ def with_attainment_interval(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: float = 0.9) -> pd.DataFrame:
-    """``report.goodput`` with ``goodput_rps_per_gpu_low`` and ``_high``, the latter inf where the highest rate may have met the target.
-    Raises as that does."""
+    """``report.goodput`` with ``goodput_rps_per_gpu_low`` and ``_high``, the latter inf where the highest rate may have met the target, and
+    at least the lowest rate where that missed it: below it nothing was tried. Raises as that does."""
     table = report.goodput(runs, axes, target=target)
     runs = with_attainment_interval(runs)
     low, high = (
         report.goodput(runs.assign(slo_attainment=runs[f"slo_attainment_{end}"]), axes, target=target)[GOODPUT] for end in ("low", "high")
     )
+    high = high.where(table[GOODPUT] > 0, np.maximum(high, table["min_rate"] / table["num_gpus"]))
     return table.assign(
         **{f"{GOODPUT}_low": low, f"{GOODPUT}_high": high.where(~_is_highest_rate(table.assign(**{GOODPUT: high})), math.inf)}
     )
 
 
 def estimate(rows: pd.DataFrame, column: str) -> Estimate:
-    """Of one configuration: mean of its repeats; of a single row, its own ``<column>_low`` and ``<column>_high`` where it has them."""
+    """Of one configuration: mean of its repeats. Where they have them, ``<column>_low`` and ``<column>_high`` are each row's own interval,
+    and the one of the mean is at least as wide as those make it."""
     known = rows[rows[column].notna()]
-    if len(known) == 1 and f"{column}_low" in known:
-        value, low, high = (float(known[name].iloc[0]) for name in (column, f"{column}_low", f"{column}_high"))
-        return Estimate(value, low, high)
     interval = confidence_interval(known[column].tolist())
-    return Estimate(interval.mean, interval.low, interval.high)
+    if known.empty or f"{column}_low" not in known:
+        return Estimate(interval.mean, interval.low, interval.high)
+    down, up = (float(np.sqrt(((known[column] - known[f"{column}_{end}"]) ** 2).sum())) / len(known) for end in ("low", "high"))
+    low, high = np.fmin(interval.mean - down, interval.low), np.fmax(interval.mean + up, interval.high)  # nan is unknown
+    return Estimate(interval.mean, float(low), float(high))
+
+
+def interval_table(runs: pd.DataFrame, columns: Sequence[str], *, sweep_axes: Sequence[str] | None = None) -> pd.DataFrame:
+    """For a paper: one row per configuration and rate, with ``num_runs`` repeats; of each of ``columns`` (as in ``load_results``, in its
+    unit) the mean, and ``<column>_low`` and ``<column>_high``, its 95% interval, cut at 0 and a share at 1. nan where a single run has
+    none."""
+    runs, rows = with_attainment_interval(runs), []
+    for name, curve in groups(runs, "split", without=("rate",), sweep_axes=sweep_axes):
+        for rate, repeats in curve.groupby("rate", dropna=False):
+            row: dict[str, Any] = {"configuration": name, "rate": rate, "num_runs": len(repeats)}
+            for column in columns:
+                found, most = estimate(repeats, column), 1.0 if column == "slo_attainment" else math.inf
+                row |= {column: found.value, f"{column}_low": np.maximum(0.0, found.low), f"{column}_high": np.minimum(most, found.high)}
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def goodput_estimate(rows: pd.DataFrame) -> Estimate:

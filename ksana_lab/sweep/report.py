@@ -74,8 +74,9 @@ def _finished(folder: Path, manifest: Manifest) -> list[str]:
 
 def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: float = 0.9) -> pd.DataFrame:
     """DistServe's goodput, one row per system, split, repeat and combination of the other ``axes`` (None: the sweep's): the highest offered
-    rate at which ``target`` of the requests meet the SLO, per GPU (``goodput_rps_per_gpu``), and the highest rate tried (``max_rate``):
-    where both agree but for the GPUs, the true one is higher.
+    rate at which ``target`` of the requests meet the SLO, per GPU (``goodput_rps_per_gpu``), and the lowest and the highest rate tried
+    (``min_rate``, ``max_rate``): where it is the highest but for the GPUs, the true one is higher; where it is 0, the lowest rate missed
+    the target, and the true one is below that.
 
     Raises ConfigError when the runs have no SLO or no rate."""
     if "slo_attainment" not in runs or runs["slo_attainment"].isna().all():
@@ -93,6 +94,7 @@ def goodput(runs: pd.DataFrame, axes: Sequence[str] | None = None, *, target: fl
                 **dict(zip(by, names, strict=True)),
                 "num_gpus": num_gpus,
                 "goodput_rps_per_gpu": value,
+                "min_rate": group["rate"].min(),
                 "max_rate": group["rate"].max(),
                 "num_rates": group["rate"].nunique(),
                 "is_trustworthy": bool(group["is_trustworthy"].all()),
@@ -210,7 +212,11 @@ def _goodput_lines(table: pd.DataFrame) -> str:
     by = [name for name in table.columns[: list(table.columns).index("num_gpus")] if name != "repeat"]
     lines = []
     for names, group in table.groupby(by, sort=False, dropna=False):
-        what = " · ".join(str(name) for name in names if not pd.isna(name))
+        known = [(axis, label) for axis, label in zip(by, names, strict=True) if not pd.isna(label)]
+        what = " · ".join(label if isinstance(label, str) else f"{axis}={_number(label)}" for axis, label in known)
+        if not group["goodput_rps_per_gpu"].any():
+            lines.append(f"- {what}: below {(group['min_rate'] / group['num_gpus']).max():.3g}, the lowest rate that was tried")
+            continue
         value = group["goodput_rps_per_gpu"].mean()
         at_least = bool((group["goodput_rps_per_gpu"] * group["num_gpus"] >= group["max_rate"]).any())
         lines.append(f"- {what}: {'at least ' if at_least else ''}{value:.3g}")

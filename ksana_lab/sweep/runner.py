@@ -319,6 +319,9 @@ class Sweep:
         lines = [f"sweep {self.config.name}: {most}, {starts} cluster starts, {before}; results in {self.folder}"]
         lines += _aligned(rows)
         lines.append(self._estimate(todo, starts))
+        if self.config.slo:
+            bounds = ", ".join(f"{name} <= {bound:g} s" for name, bound in self.config.slo.items())
+            lines.append(f"slo: {bounds}, for {self.config.target:.0%} of the requests")
         lines += [f"lengths: {text}" for text in dict.fromkeys(schedule.lengths for schedule in self._schedules.values())]
         return "\n".join(lines)
 

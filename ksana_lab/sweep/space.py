@@ -449,10 +449,11 @@ def _yaml_value(value: Any) -> str:
 
 
 def _in_words_of_a_sweep(text: str, settings: Mapping[str, Any]) -> str:
-    """``--set`` was not what the user wrote. A key that is nearly a workload's was perhaps meant to be one."""
+    """``--set`` was not what the user wrote. A key that is nearly the sweep's or a workload's was perhaps meant to be one."""
     text = text.replace("--set ", "")
     wrong = next((key for key in settings if text.startswith((key, key.removeprefix("cluster.")))), None)
-    if wrong is not None and "did you mean" not in text and (near := nearest(wrong, WorkloadSpec.model_fields)):
+    known = [*SweepConfig.model_fields, *WorkloadSpec.model_fields]
+    if wrong is not None and "did you mean" not in text and (near := nearest(wrong, known)):
         return text + near
     return text
 
@@ -640,4 +641,5 @@ def schedule_of(workload: WorkloadSpec) -> Schedule:
     times = [request.at_s for request in built.requests if request.at_s is not None]
     span = times[-1] - times[0] if times else None
     rate = workload.rate if workload.rate is not None else (len(times) - 1) / span if span else None
-    return Schedule(len(built.requests), span, rate, str(built.lengths))
+    when = f"; over {span:.3g} s, {rate:.3g} requests/s" if span and rate else ""
+    return Schedule(len(built.requests), span, rate, f"{built.lengths}{when}")

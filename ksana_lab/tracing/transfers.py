@@ -77,12 +77,21 @@ def link_names(transfers: pd.DataFrame) -> pd.Series:
 
 
 def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
-    """Per request, over all its ranks: bytes, pieces, first piece sent to last one arrived, and how long after the last layer that was."""
+    """Per request, over all its ranks: bytes, pieces, first piece sent to last one arrived, and how long after the last layer that was.
+
+    ``wire_s`` and its parts ``hidden_s`` and ``exposed_wire_s`` add up the links (a pair of ranks each); on one link pieces that wait for
+    one another overlap, and what overlaps counts once, as in the counter of the same name."""
     columns = ["kv_bytes", "num_pieces", "num_copies", "transfer_start_s", "transfer_end_s", "compute_end_s", "transfer_s", "wire_s",
                "hidden_s", "exposed_wire_s", "after_last_layer_s"]  # fmt: skip
     if not len(transfers):
         return pd.DataFrame(columns=columns)
-    groups = transfers.groupby("request_id")
+    links = ["request_id", "src_rank", "dst_rank"]
+    ordered = transfers.sort_values("wire_start_s")
+    ordered["seen_s"] = ordered.groupby(links)["end_s"].cummax()
+    begin = pd.concat([ordered["wire_start_s"], ordered.groupby(links)["seen_s"].shift()], axis=1).max(axis=1)
+    ordered["hidden_s"] = (ordered[["end_s", "compute_end_s"]].min(axis=1) - begin).clip(lower=0.0)
+    ordered["exposed_s"] = (ordered["end_s"] - pd.concat([begin, ordered["compute_end_s"]], axis=1).max(axis=1)).clip(lower=0.0)
+    groups = ordered.groupby("request_id")
     frame = pd.DataFrame(
         {
             "kv_bytes": groups["bytes"].sum(),
@@ -91,11 +100,11 @@ def request_transfers(transfers: pd.DataFrame) -> pd.DataFrame:
             "transfer_start_s": groups["wire_start_s"].min(),
             "transfer_end_s": groups["end_s"].max(),
             "compute_end_s": groups["compute_end_s"].max(),
-            "wire_s": groups["wire_s"].sum(),
             "hidden_s": groups["hidden_s"].sum(),
             "exposed_wire_s": groups["exposed_s"].sum(),
         }
     )
+    frame["wire_s"] = frame["hidden_s"] + frame["exposed_wire_s"]
     frame["transfer_s"] = frame["transfer_end_s"] - frame["transfer_start_s"]
     frame["after_last_layer_s"] = (frame["transfer_end_s"] - frame["compute_end_s"]).clip(lower=0.0)
     return frame[columns]

@@ -176,12 +176,14 @@ class LengthReport:
     num_outputs_clipped: int
     prompt_tokens_lost: int
     output_tokens_lost: int
+    num_outputs_raised: int  # empty answers of a trace, asked for as one token: there is no request for none
     mean_prompt_tokens: float
     mean_output_tokens: float
 
     @property
     def is_changed(self) -> bool:
-        return bool(self.num_prompts_clipped or self.num_outputs_clipped) or (self.prompt_scale, self.output_scale) != (1.0, 1.0)
+        num_changed = self.num_prompts_clipped + self.num_outputs_clipped + self.num_outputs_raised
+        return num_changed > 0 or (self.prompt_scale, self.output_scale) != (1.0, 1.0)
 
     def __str__(self) -> str:
         parts = [f"{self.num_requests} requests, mean {self.mean_prompt_tokens:.0f} prompt + {self.mean_output_tokens:.0f} output tokens"]
@@ -193,6 +195,8 @@ class LengthReport:
         ):
             if count:
                 parts.append(f"{count} {what} clipped by {lost} tokens in all")
+        if self.num_outputs_raised:
+            parts.append(f"{self.num_outputs_raised} empty outputs sent as 1 token")
         return "; ".join(parts)
 
 
@@ -238,7 +242,10 @@ def _trace_rows(spec: WorkloadSpec) -> tuple[Trace | None, list[TraceRow], list[
     available = trace.rows[source.skip :]
     wanted = len(available) if spec.num_requests is None else spec.num_requests
     if not available or (len(available) < wanted and not source.cycle):
-        raise ConfigError(f"trace {source.path} has {len(trace.rows)} requests: cannot take {max(1, wanted)} after skipping {source.skip}")
+        again = "; with rate or users, trace.cycle: true begins again" if available and not source.cycle else ""
+        raise ConfigError(
+            f"trace {source.path} has {len(trace.rows)} requests: cannot take {max(1, wanted)} after skipping {source.skip}{again}"
+        )
     if not trace.has_timestamps and spec.rate is None and spec.users is None:
         raise ConfigError(f"trace {source.path} has no times: say rate=... or users=...")
     picked: list[tuple[TraceRow, int]] = []
@@ -292,6 +299,8 @@ class _Clipped:
 
 
 def _clip(spec: WorkloadSpec, prompts: np.ndarray, outputs: np.ndarray) -> _Clipped:
+    num_raised = int((outputs == 0).sum())
+    outputs = np.maximum(1, outputs)
     prompt = np.minimum(prompts, spec.max_prompt_tokens or prompts)
     output = np.minimum(outputs, spec.max_output_tokens or outputs)
     if spec.max_total_tokens is not None:
@@ -305,6 +314,7 @@ def _clip(spec: WorkloadSpec, prompts: np.ndarray, outputs: np.ndarray) -> _Clip
         num_outputs_clipped=int((output < outputs).sum()),
         prompt_tokens_lost=int((prompts - prompt).sum()),
         output_tokens_lost=int((outputs - output).sum()),
+        num_outputs_raised=num_raised,
         mean_prompt_tokens=float(prompt.mean()),
         mean_output_tokens=float(output.mean()),
     )

@@ -37,7 +37,7 @@ Encode = Callable[[str], list[int]]  # text -> token ids
 class TraceRow:
     at_s: float  # since the trace's own zero
     prompt_tokens: int
-    output_tokens: int
+    output_tokens: int  # 0 where the recorded answer was empty
     hash_ids: tuple[int, ...] = ()  # one per block of the prompt; equal ids = equal tokens
     prompt_token_ids: tuple[int, ...] | None = None  # of a trace that holds text
 
@@ -84,7 +84,7 @@ def guess_format(file: Path) -> str:
     for kind, columns in (("azure", _AZURE), ("burstgpt", _BURSTGPT)):
         if set(columns) <= set(header):
             return kind
-    raise ConfigError(f"{file}: columns {header} are neither Azure's {list(_AZURE)} nor BurstGPT's {list(_BURSTGPT)}; say trace.format")
+    raise ConfigError(f"{file}: columns {header} are neither Azure's {list(_AZURE)} nor BurstGPT's {list(_BURSTGPT)}; name them so")
 
 
 # ---- one reader per format -------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def _azure(file: Path, encode: Encode | None) -> Trace:
     for where, row in _csv_rows(file, _AZURE):
         at = _wall_clock_s(row["TIMESTAMP"], where)
         start = at if start is None else start
-        rows.append(TraceRow(at - start, _tokens(row, "ContextTokens", where, least=1), max(1, _tokens(row, "GeneratedTokens", where))))
+        rows.append(TraceRow(at - start, _tokens(row, "ContextTokens", where, least=1), _tokens(row, "GeneratedTokens", where)))
     return Trace(file.stem, rows)
 
 
@@ -135,13 +135,16 @@ def _mooncake_row(line: str, where: str) -> TraceRow:
     prompt = _tokens(row, "input_length", where, least=1)
     if hash_ids and not (len(hash_ids) - 1) * MOONCAKE_BLOCK_TOKENS < prompt <= len(hash_ids) * MOONCAKE_BLOCK_TOKENS:
         raise ConfigError(f"{where}: {len(hash_ids)} hash_ids of {MOONCAKE_BLOCK_TOKENS} tokens do not cover input_length {prompt}")
-    at_s = _number(row["timestamp"], "timestamp", where) / 1e3
-    return TraceRow(at_s, prompt, max(1, _tokens(row, "output_length", where)), tuple(hash_ids))
+    at_s = _number(row["timestamp"], "timestamp (milliseconds)", where) / 1e3
+    return TraceRow(at_s, prompt, _tokens(row, "output_length", where), tuple(hash_ids))
 
 
 def _sharegpt(file: Path, encode: Encode | None) -> Trace:
     if encode is None:
-        raise ConfigError(f"{file} holds text: set trace.tokenizer_dir to the directory of the model that will answer it")
+        raise ConfigError(
+            f"{file} is read as ShareGPT, which holds text: set trace.tokenizer_dir to the directory of the model that will answer it "
+            "(a Mooncake trace is JSON lines and ends in .jsonl)"
+        )
     try:
         conversations = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

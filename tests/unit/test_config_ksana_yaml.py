@@ -353,6 +353,10 @@ def test_a_coordinator_must_be_an_ip():
         ),
         ({"batch_scheduler": {"max_batch_size": "1:30"}}, "must be an integer, got the string '1:30'"),
         ({"batch_scheduler": {"max_batch_size": True}}, "must be an integer, got True"),
+        (
+            {"connector": {"heartbeat_interval_ms": "0.5s"}},
+            "heartbeat_interval_ms must be an integer of milliseconds, got the string '0.5s'",
+        ),
         ({"batch_scheduler": {"max_batch_size": 1.5}}, "must be an integer, got 1.5"),
         ({"batch_scheduler": {"max_batch_size": 0}}, r"batch_scheduler\.max_batch_size: must be greater than or equal to 1, got 0"),
         ({"batch_scheduler": {"enable_auto_prefix_cache": 1}}, "must be true or false, got 1"),

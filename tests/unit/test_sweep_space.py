@@ -223,6 +223,7 @@ def test_overrides_reach_the_sweep_its_axes_and_its_cluster(tmp_path):
         ({"axes": {"transfer_mod": ["bulk"]}}, "transfer_mod is not a known key; did you mean ksana_lab.transfer_mode?"),
         ({"axes": {"burstines": [1]}}, "burstines is not a known key; did you mean burstiness?"),
         ({"axes": {"nodes.prefil.count": [1]}}, "did you mean prefill?"),
+        ({"set": {"repeat": 3}}, "repeat is not a known key; did you mean repeats?"),  # --set repeat=3
         ({"axes": {"workload.rte": [1]}}, "rte is not a known key; did you mean rate?"),
         ({"axes": {"nodes.prefill.count": [0]}}, "greater than or equal to 1"),
         ({"axes": {"transfer_mode": ["sideways"]}}, "ksana_lab.transfer_mode: must be"),

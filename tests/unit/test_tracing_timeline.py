@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from helpers_trace import FakeRun, record_minus_timeline
 
@@ -14,6 +15,7 @@ from ksana_lab.tracing.events import read_logs
 from ksana_lab.tracing.figures import FIGURES, GROUPS
 from ksana_lab.tracing.phases import add_phases
 from ksana_lab.tracing.timeline import PHASES, load
+from ksana_lab.tracing.transfers import request_transfers
 
 
 def joined(tmp_path, **numbers):
@@ -96,6 +98,15 @@ def test_hidden_and_exposed_of_a_slow_link(tmp_path):
     run = joined(tmp_path, num_requests=1, compute_ms=2.0, wire_ms=3.0)
     assert run.requests["exposed_transfer_s"].iloc[0] == pytest.approx(4 * 3e-3 - 3 * 2e-3)
     assert run.layers["hidden_s"].sum() == pytest.approx(6e-3)
+
+
+def test_pieces_that_wait_for_one_another_count_once_in_their_requests_wire_time():
+    """Both are on the wire at once for 3 s; the layers are computed at 3 s. The other rank's link is another wire."""
+    piece = {"request_id": "r", "src_rank": 0, "dst_rank": 0, "bytes": 1, "copies": 1, "compute_end_s": 3.0}
+    spans = [(0.0, 4.0, 0), (1.0, 5.0, 0), (2.0, 4.0, 1)]
+    rows = [{**piece, "src_rank": rank, "wire_start_s": start, "end_s": end} for start, end, rank in spans]
+    request = request_transfers(pd.DataFrame(rows)).loc["r"]
+    assert (request["wire_s"], request["hidden_s"], request["exposed_wire_s"]) == (5.0 + 2.0, 3.0 + 1.0, 2.0 + 1.0)
 
 
 def test_a_piece_of_all_layers_is_shared_out_evenly(tmp_path):

@@ -167,3 +167,17 @@ def test_a_stratified_trace_has_no_times_of_its_own():
 def test_a_trace_does_not_happen_twice_at_its_own_times():
     with pytest.raises(ConfigError, match=r"trace\.cycle needs rate or users"):
         WorkloadSpec.from_dict({"trace": {"path": "azure_llm_2023_conv_sample", "cycle": True}})
+
+
+def test_an_empty_answer_of_a_trace_is_sent_as_one_token_and_told(tmp_path):
+    """Nobody can ask for no token; that the mean is not the trace's must not go unsaid."""
+    path = tmp_path / "zero.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46,8,0\n" * 3 + "2023-11-16 18:15:47,8,5\n")
+    workload = WorkloadSpec.from_dict({"trace": {"path": str(path)}}).build()
+    assert [request.max_tokens for request in workload.requests] == [1, 1, 1, 5]
+    assert workload.lengths.is_changed and "3 empty outputs sent as 1 token" in str(workload.lengths)
+
+
+def test_too_short_a_trace_says_how_to_send_more():
+    with pytest.raises(ConfigError, match=r"has 200 requests: cannot take 201 after skipping 0; with rate or users, trace\.cycle: true"):
+        WorkloadSpec.from_dict({"trace": AZURE, "rate": 9, "num_requests": 201}).build()

@@ -54,7 +54,8 @@ def test_sharegpt_takes_the_first_exchange(tmp_path):
 @pytest.mark.parametrize(
     "name, text, told",
     [
-        ("x.csv", "TIMESTAMP,ContextTokens\n", "are neither Azure's"),
+        ("x.csv", "TIMESTAMP,ContextTokens\n", "are neither Azure's .* name them so"),
+        ("x.jsonl", '{"timestamp": "noon", "input_length": 6, "output_length": 2}\n', r"\(milliseconds\) must be a number, got 'n"),
         ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "line 2: TIMESTAMP 'yesterday'"),
         ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-5,1\n", "line 2: ContextTokens must not be negative"),
         ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,many,1\n", "ContextTokens must be a number, got 'many'"),
