@@ -24,6 +24,7 @@ class FakeRun:
     num_layers: int = 4
     compute_ms: float = 5.0
     wire_ms: float = 1.0
+    ack_late_ms: float = 0.0  # the prefill node hears of a piece's arrival so much later
     looks_after_ms: float = 0.1  # when the request was handed to it: the prefill engine is in a step
     queueing_ms: float = 0.5  # from then on
     sampling_ms: float = 0.0  # from the end of the last layer to the end of its step
@@ -120,7 +121,7 @@ class FakeRun:
                 "request": f"{number}.0", "pair": pair, "layer": layer, "layers": count, "bytes": count * self.bytes, "chunk": 0,
                 "ready_ns": round(ready * MS), "rank": rank, "copies": count * self.copies, "tokens": [0, 64], "post_us": self.post_us,
             }  # fmt: skip
-            self._span(f"prefill.tp{rank}{turn}", start, free, "send", "transfer", peer=f"d:1.{rank}", **args)
+            self._span(f"prefill.tp{rank}{turn}", start, free + self.ack_late_ms, "send", "transfer", peer=f"d:1.{rank}", **args)
             late = {**args, "ready_ns": round((ready + self.decode_clock_ahead_ms) * MS)}
             peer, begun = f"{pair.partition('__')[0]}.{rank}", start + 0.1 * count * self.wire_ms
             self._span(f"decode.tp{rank}", begun, free - 0.01, "recv", "transfer", peer=peer, **late)

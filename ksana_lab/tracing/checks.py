@@ -67,13 +67,16 @@ def _hidden(run: Timeline) -> list[Check]:
 
 
 def _coverage(run: Timeline) -> list[Check]:
-    """Every token of every layer went over every link exactly once, and as layers × chunks × ranks say."""
-    if not len(run.transfers):
+    """Every token of every layer went over every link exactly once, and as layers × chunks × ranks say. Not of requests that failed or were
+    cancelled, which stop on their way, and of preempted ones, of which some goes twice."""
+    broken = run.requests[~run.requests["is_ok"] | (run.requests["num_preemptions"] > 0)] if len(run.requests) else run.requests
+    transfers = run.transfers[~run.transfers["request_id"].isin(broken["request_id"])] if len(broken) else run.transfers
+    if not len(transfers):
         return []
     num_layers = int((run.transfers["layer"] + run.transfers["num_layers"]).max())
     lengths = run.requests.set_index("request_id")["num_prompt_tokens"]
     wrong = sends = expected = 0
-    for (request, _index, _src, _dst), pieces in run.transfers.groupby(["request_id", "index", "src_rank", "dst_rank"]):
+    for (request, _index, _src, _dst), pieces in transfers.groupby(["request_id", "index", "src_rank", "dst_rank"]):
         length = lengths.get(request)
         first = int(pieces["first_token"].min())  # what lies before it, D had in its prefix cache
         area = int(((pieces["end_token"] - pieces["first_token"]) * pieces["num_layers"]).sum())

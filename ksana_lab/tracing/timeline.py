@@ -261,7 +261,9 @@ class _Marks:
             self.info[record.request_id]["num_prompt_tokens"] = record.num_prompt_tokens
 
     def add_transfers(self, transfers: pd.DataFrame) -> None:
-        for request, end in transfers.groupby("request_id")["end_s"].max().items() if len(transfers) else ():
+        """Where D says when it had a piece, that counts: it goes on then, and P may hear of it after the answer's end."""
+        ends = transfers["recv_end_s"].fillna(transfers["end_s"]).groupby(transfers["request_id"]).max()
+        for request, end in ends.items():
             self.at[str(request)]["transfer", "END"] = float(end)
 
     def add_chunks(self, chunks: pd.DataFrame) -> None:
@@ -399,6 +401,8 @@ def _phases(at: dict[tuple[str, str], float], legs: dict[str, str]) -> tuple[lis
     tokens = [(process, "FIRST_TOKEN") for process in ("client", "router", api, engine)]
     first_token = next((at[key] for key in tokens if key in at), end)
     segments, now, disorder = [], start, 0.0
+    if first_token >= end:  # an answer of one token: nobody waits for what follows it
+        after = []
     for part, limit, is_ttft in ((before, max(start, min(first_token, end)), True), (after, end, False)):
         for name, process, event in part:
             mark = at.get((_process(process, legs), event))

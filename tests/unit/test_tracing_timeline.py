@@ -141,6 +141,30 @@ def test_a_lost_send_is_noticed(tmp_path):
     assert not found["layer sends"] and not found["KV sent once"] and not found["written = read"]
 
 
+def test_what_a_request_that_did_not_complete_lacks_is_no_lost_send(tmp_path):
+    fake = FakeRun()
+    fake.write(tmp_path)
+    fake.client[1].error = "cancelled by the client"
+    path = next(tmp_path.glob("prefill.tp0*"))
+    lines = path.read_text().splitlines()
+    lost = ('"send"', '"request": "1.0"', '"layer": 3')
+    path.write_text("\n".join(line for line in lines if not all(part in line for part in lost)) + "\n")
+    found = ok(load(tmp_path, client=fake.client))
+    assert found["layer sends"] and found["KV sent once"]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param(dict(num_decodes=0, wire_ms=20.0), id="an answer of one token is over before its KV has arrived"),
+        pytest.param(dict(ack_late_ms=80.0), id="P hears of the arrival after the answer's end"),
+    ],
+)
+def test_what_an_answer_does_not_wait_for_contradicts_no_mark(tmp_path, numbers):
+    run = joined(tmp_path, **numbers)
+    assert all(ok(run).values()), run.checks()
+
+
 def test_a_log_cut_in_a_line_is_read_as_far_as_it_goes(tmp_path):
     fake = FakeRun()
     fake.write(tmp_path)
