@@ -55,6 +55,9 @@ class LinkOptions(Frozen):
     shared: bool = False
 
 
+UNPACKED = ("nixl",)  # transfer backends that cannot carry KV in another dtype than the caches'
+
+
 class ConnectorOptions(Frozen):
     role: Role = Role.MIXED
     router_addr: NodeAddr | None = None

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ksana_lab.config import yaml_file
-from ksana_lab.config.engine import CacheOptions, ConnectorOptions, EngineConfig
+from ksana_lab.config.engine import UNPACKED, CacheOptions, ConnectorOptions, EngineConfig
 from ksana_lab.config.environment import visible_gpus
 from ksana_lab.config.overrides import Override, leaves, parse_override, put
 from ksana_lab.config.validate import nearest
@@ -489,7 +489,13 @@ def _in_user_words(fault: Any, origin: Mapping[str, tuple[str, Any]]) -> str:
 
 
 def _check_connector(connector: ConnectorOptions, source: str) -> None:
-    """A prefill or decode node needs its three addresses; the reference would silently run it as a mixed one."""
+    """A prefill or decode node needs its three addresses; the reference would silently run it as a mixed one. And a backend that can do what
+    is asked of it."""
+    if connector.role.is_disaggregated and connector.wire_dtype != "auto" and connector.backend in UNPACKED:
+        raise ConfigError(
+            f"ksana_lab.wire_dtype: {connector.wire_dtype} does not go over communication_type {connector.backend}; choose auto, cuda_ipc, "
+            f"shm, tcp or nccl, or leave wire_dtype out ({source})"
+        )
     if connector.role.is_disaggregated:
         for name in ("router_addr", "inference_addr", "coordinator_addr"):
             if getattr(connector, name) is None:

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from ksana_lab.config.engine import UNPACKED
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.base import TransferBackend
 
@@ -26,7 +27,7 @@ _IS_FOR_CUDA = {"cuda_ipc": True, "nccl": True, "gloo": False}  # the others tak
 _HAVE_ADDRESS = ("tcp", "nixl", "nccl", "gloo")
 _REGISTER_SOURCE = ("nixl",)
 _ONE_HOST = ("cuda_ipc", "shm")
-_PACKS = ("cuda_ipc", "shm", "tcp", "nccl", "gloo")  # can carry KV that was packed on the way (``wire_dtype``)
+_PACKS = tuple(name for name in _BACKENDS if name not in UNPACKED)  # can carry KV that was packed on the way (``wire_dtype``)
 _AUTO = {True: ("cuda_ipc", "shm", "tcp"), False: ("shm", "tcp")}
 
 
@@ -52,7 +53,7 @@ def make_backends(option: str, host: str, *, on_gpu: bool = False, is_packed: bo
     if option != "auto":
         return [make_backend(option, host, on_gpu=on_gpu)]
     backends = []
-    for name in [name for name in _AUTO[on_gpu] if not is_packed or name in _PACKS]:
+    for name in _AUTO[on_gpu]:
         try:
             backends.append(make_backend(name, host, on_gpu=on_gpu))
         except TransferError as error:

@@ -311,6 +311,13 @@ def test_communication_type(word, gpus, backend, num_warnings):
     assert loaded.config.connector.backend == backend and len(loaded.warnings) == num_warnings
 
 
+def test_a_backend_that_cannot_carry_packed_kv_is_refused_with_those_that_can():
+    setting = {"connector": {**CONNECTOR, "group_role": "decode", "communication_type": "nixl"}}
+    with pytest.raises(ConfigError, match=r"fp8_e4m3 does not go over communication_type nixl; choose auto, .*\(f\)"):
+        translate(tree(setting, wire_dtype="fp8_e4m3"), "f", num_gpus=0)
+    assert translate(tree(setting), "f", num_gpus=0).config.connector.backend == "nixl"
+
+
 # ---- roles
 
 
