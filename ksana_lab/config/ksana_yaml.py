@@ -489,8 +489,8 @@ def _in_user_words(fault: Any, origin: Mapping[str, tuple[str, Any]]) -> str:
 
 
 def _check_connector(connector: ConnectorOptions, source: str) -> None:
-    """A prefill or decode node needs its three addresses; the reference would silently run it as a mixed one. And a backend that can do what
-    is asked of it."""
+    """A prefill or decode node needs a backend that can do what is asked of it, and its three addresses; the reference would silently run
+    it as a mixed one."""
     if connector.role.is_disaggregated and connector.wire_dtype != "auto" and connector.backend in UNPACKED:
         raise ConfigError(
             f"ksana_lab.wire_dtype: {connector.wire_dtype} does not go over communication_type {connector.backend}; choose auto, cuda_ipc, "
