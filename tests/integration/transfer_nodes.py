@@ -60,10 +60,22 @@ def freeze(pid: int) -> None:
 class Node:
     """All ranks of one node in this process, its scheduler's side, and the news so far."""
 
-    def __init__(self, role: Role, tp: int = 1, *, backend="tcp", port=0, block=BLOCK, layers=LAYERS, waiting_timeout_s=60.0, **options):
+    def __init__(
+        self,
+        role: Role,
+        tp: int = 1,
+        *,
+        backend="tcp",
+        host="127.0.0.1",
+        port=0,
+        block=BLOCK,
+        layers=LAYERS,
+        waiting_timeout_s=60.0,
+        **options,
+    ):
         self.role, self.tp = role, tp
         self.ipc_dir = tempfile.mkdtemp(prefix="kv-")
-        connector = ConnectorOptions(role=role, coordinator_addr=NodeAddr("127.0.0.1", port), backend=backend, **options)
+        connector = ConnectorOptions(role=role, coordinator_addr=NodeAddr(host, port), backend=backend, **options)
         scheduler = SchedulerOptions(waiting_timeout_s=waiting_timeout_s)
         self.config = EngineConfig(model=ModelOptions(model_dir="none"), connector=connector, scheduler=scheduler)
         heads = len(heads_of(0, tp, HEADS))
