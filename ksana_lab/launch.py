@@ -98,6 +98,8 @@ def _router_config(args: argparse.Namespace) -> RouterConfig:
         raise ConfigError(f"--workers {args.workers}: the router is one asyncio process, it knows the load of every pair; leave it at 1")
     names = ("host", "port", "policy", "cluster_name", "database_url", "heartbeat_timeout_s")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.host is not None:
+        options["host"] = args.host.strip("[]")
     if args.trace is not None:
         options["trace_dir"] = os.path.abspath(os.path.expanduser(args.trace))
     if args.config is None:
@@ -118,9 +120,10 @@ def _run_node(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _print_node_plan(loaded, host, port)
     require_variables(os.environ)
-    checks.refuse(checks.node_preflight(config, host, port, visible_gpus()))
+    findings = checks.node_preflight(config, host, port, visible_gpus())
+    checks.refuse(findings)
     _start_as(role.value)
-    for warning in loaded.warnings:
+    for warning in [*loaded.warnings, *(f"{found.text}; {found.advice}" for found in findings if found.level == "warn")]:
         log.warning("%s", warning)
     if args.access_log:
         log.warning("--access_log: requests are not logged one by one; --trace DIR records every phase of each, /metrics counts them")
@@ -225,11 +228,18 @@ def _load_node(args: argparse.Namespace) -> LoadedConfig:
     for key in said:
         put(tree, key, None)  # what it replaces may hold a placeholder that nobody fills
     given = {"ROUTER_IP": args.router_ip, "PREFILL_IP": args.prefill_ip, "DECODE_IP": args.decode_ip, "MODEL_DIR": args.model_dir}
+    template = repr(tree)
     tree = ksana_yaml.substitute(tree, {name: value for name, value in given.items() if value is not None}, source)
     for key, directory in {**dict(leaves(tree)), **said}.items():
         if key in _DIRECTORIES and isinstance(directory, str):
             put(tree, key, os.path.expanduser(directory))
-    return ksana_yaml.translate(tree, source)
+    loaded = ksana_yaml.translate(tree, source)
+    for name in ("ROUTER_IP", f"{loaded.config.connector.role.name}_IP"):
+        if given.get(name) is not None and f"{{{name}}}" not in template:  # the node would stay where the file says
+            keys = ["router_addr"] if name == "ROUTER_IP" else ["inference_addr", "coordinator_addr"]
+            instead = " ".join(f"--set connector.{key}={given[name]}:PORT" for key in keys)
+            raise ConfigError(f"{ksana_yaml.PLACEHOLDERS[name]} fills {{{name}}}, which {source} does not have; instead: {instead}")
+    return loaded
 
 
 _DIRECTORIES = {  # key -> the option that says it
@@ -254,7 +264,7 @@ def _listen_address(args: argparse.Namespace, config: EngineConfig) -> tuple[str
     if args.endpoint not in (None, "python"):
         raise ConfigError(f"--endpoint {args.endpoint}: the node serves HTTP itself, leave it at python")
     address = config.connector.inference_addr or NodeAddr("127.0.0.1", 8080)
-    return args.host or address.host, address.port if args.port is None else args.port
+    return (args.host or address.host).strip("[]"), address.port if args.port is None else args.port
 
 
 def _free_port(host: str) -> int:

@@ -30,6 +30,14 @@ class FinishReason(str, Enum):
     ERROR = "error"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, an IP literal or a name, means whichever host says it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class NodeAddr(NamedTuple):
     """``host:port``; the host is an IP literal or a name, never a URL."""
 

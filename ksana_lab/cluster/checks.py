@@ -5,6 +5,7 @@ subprocess: this package never loads torch."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -34,7 +35,7 @@ from ksana_lab.config.router import RouterConfig
 from ksana_lab.errors import CheckpointError, ConfigError
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.tracing import nsight
-from ksana_lab.types import NodeAddr, Role
+from ksana_lab.types import NodeAddr, Role, is_loopback
 
 Level = Literal["ok", "warn", "error"]
 _HTTP_TIMEOUT_S = 3.0
@@ -106,9 +107,43 @@ def host_covers(host: str, config: EngineConfig) -> Finding:
     address = config.connector.inference_addr
     if address is None or ports.is_wildcard(host) or host == address.host:
         return ok(f"HTTP host {host}")
-    if ports.is_loopback(host) and ports.is_loopback(address.host):
+    if is_loopback(host) and is_loopback(address.host):
         return ok(f"HTTP host {host}")
     return warn(f"the server listens on {host} but the router calls {address}", f"give --host {address.host} or --host 0.0.0.0")
+
+
+def addresses_reach(config: EngineConfig) -> list[Finding]:
+    """The addresses by which others call this node: no wildcard, and no loopback when they are on other hosts."""
+    connector = config.connector
+    told = {"inference_addr": connector.inference_addr, "coordinator_addr": connector.coordinator_addr}
+    findings = []
+    for key, address in told.items():
+        if address is None:
+            continue
+        own = _address_towards(connector.router_addr, address.port)
+        advice = f"give the address by which other hosts reach this one: --set connector.{key}={own}"
+        if ports.is_wildcard(address.host):
+            findings.append(error(f"connector.{key} {address} is no address that others can call", advice))
+        elif is_loopback(address.host) and connector.router_addr is not None and not _is_here(connector.router_addr.host):
+            what = f"connector.{key} {address} means whichever host calls it, and the router {connector.router_addr} is on another"
+            findings.append(warn(what, advice))
+        elif is_loopback(address.host) and connector.inference_addr is not None and not is_loopback(connector.inference_addr.host):
+            findings.append(warn(f"connector.{key} {address} cannot be reached by nodes of other hosts", advice))
+    return findings or [ok("others can call the node's addresses")]
+
+
+def _address_towards(router: NodeAddr | None, port: int) -> NodeAddr:
+    """This host's own, of the interface that leads to the router. Sends nothing."""
+    host = _own_address()
+    if router is not None and not _is_here(router.host):
+        with contextlib.suppress(OSError), socket.socket(_family(router.host), socket.SOCK_DGRAM) as probe:
+            probe.connect((router.host, router.port))
+            host = probe.getsockname()[0]
+    return NodeAddr(host, port)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def port_is_free(host: str, port: int, what: str) -> Finding:
@@ -153,7 +188,7 @@ def _is_here(host: str) -> bool:
 def addresses() -> list[str]:
     """This host's IPv4 addresses, those that others can reach first."""
     found = {a.address for nics in psutil.net_if_addrs().values() for a in nics if a.family == socket.AF_INET}
-    return sorted(found, key=lambda ip: (ports.is_loopback(ip), ip))
+    return sorted(found, key=lambda ip: (is_loopback(ip), ip))
 
 
 def _own_address() -> str:
@@ -382,7 +417,10 @@ def _reach(address: str, what: str) -> Finding:
         host, port = NodeAddr.parse(address)
         socket.create_connection((host, port), timeout=_HTTP_TIMEOUT_S).close()
     except (OSError, ValueError) as fault:
-        return error(f"{what}: its coordinator {address} cannot be reached ({fault})", "open the port in the firewall between the hosts")
+        advice = "open the port in the firewall between the hosts"
+        if is_loopback(address.rpartition(":")[0].strip("[]")):
+            advice = "start that node with a coordinator_addr that other hosts reach"
+        return error(f"{what}: its coordinator {address} cannot be reached ({fault})", advice)
     return ok(f"{what}: coordinator {address} reachable")
 
 
@@ -410,7 +448,8 @@ def nsys(*, trial: bool = False, has_gpu: bool = False) -> Finding:
 def node_preflight(config: EngineConfig, host: str, port: int, visible: int) -> list[Finding]:
     """Everything that would stop this node, before it starts."""
     sockets = [port_is_free(host, port, "HTTP port"), coordinator_is_bindable(config), ports_differ(host, port, config)]
-    return [port_agrees(port, config), host_covers(host, config), *sockets, *_resources(config, visible)]
+    called = [port_agrees(port, config), host_covers(host, config), *addresses_reach(config)]
+    return [*called, *sockets, *_resources(config, visible)]
 
 
 def _resources(config: EngineConfig, visible: int) -> list[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 
 import psutil
@@ -81,13 +80,6 @@ def _describe(pid: int) -> str:
 
 def is_wildcard(host: str) -> bool:
     return host in ("", "0.0.0.0", "::")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _socket_for(host: str) -> socket.socket:

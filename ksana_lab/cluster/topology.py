@@ -169,6 +169,8 @@ class _Planner:
 
     def _router(self) -> RouterSpec:
         config = self._cluster.router
+        if "host" not in config.model_fields_set:
+            config = config.model_copy(update={"host": self._cluster.host})
         port = self._ports.claim(config.host, config.port, "router")
         config = config.model_copy(update={"port": port, "trace_dir": self._trace_dir or config.trace_dir})
         return RouterSpec(config, NodeAddr(self._cluster.host if is_wildcard(config.host) else config.host, port))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ def parse_override(text: str) -> Override:
         raise ConfigError(f"--set {text!r}: expected key=value, for example batch_scheduler.max_batch_size=8")
     if value.startswith("{") and value.partition("}")[0][1:].replace("_", "").isalnum():
         return Override(path, value)  # {ROUTER_IP}:9080 is a placeholder, not a YAML mapping
+    if re.fullmatch(r"\[[0-9A-Fa-f:.]+\]:\d+", value):
+        return Override(path, value)  # [fd00::2]:8067 is an address, not a YAML list
     try:
         return Override(path, parse_scalar(value))
     except ConfigError as error:

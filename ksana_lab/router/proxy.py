@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import time
 import uuid
 from collections.abc import MutableMapping
@@ -32,6 +33,7 @@ from ksana_lab.router.streams import Framing
 from ksana_lab.router.telemetry import Telemetry
 
 KEEPALIVE_S = 4.0  # below the 5 s after which a uvicorn node closes an idle connection, so that none closes under a request
+_NUM_PROBES = 3  # of a silent connection, unanswered, after which it has ended
 # Not passed on: what concerns one connection only, what the HTTP client writes itself, what is the router's to say, and compression,
 # since a compressed stream has no visible objects.
 _NOT_FOR_NODES = {
@@ -71,7 +73,9 @@ class Proxy:
 
     async def open(self) -> None:
         self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._config.max_connections, keepalive_timeout=KEEPALIVE_S),
+            connector=aiohttp.TCPConnector(
+                limit=self._config.max_connections, keepalive_timeout=KEEPALIVE_S, socket_factory=self._probing_socket
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s),  # ``check`` bounds the rest
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
@@ -79,6 +83,17 @@ class Proxy:
             trust_env=False,  # an HTTP proxy is never in the way of internal traffic
             trace_configs=[note_sent()],
         )
+
+    def _probing_socket(self, address: tuple[Any, ...]) -> socket.socket:
+        """For a node whose end of a connection is gone without a word, while the node itself lives and sends its heartbeats: nothing else
+        would end the wait for its reply. An outage shorter than ``heartbeat_timeout_s`` ends nothing."""
+        made = socket.socket(*address[:3])
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        interval_s = max(1, round(self._config.heartbeat_timeout_s / (1 + _NUM_PROBES)))
+        for option, value in (("TCP_KEEPIDLE", interval_s), ("TCP_KEEPINTVL", interval_s), ("TCP_KEEPCNT", _NUM_PROBES)):
+            if hasattr(socket, option):  # Linux
+                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        return made
 
     async def close(self) -> None:
         if self.session is not None:

@@ -59,6 +59,7 @@ class Node:
     is_serving: bool = True  # False: it said that its engine does not answer
     heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S
     was_online: bool = True
+    replaced: str = ""  # the incarnation that had its place before
 
     @property
     def identity(self) -> tuple[str, str, int]:
@@ -173,6 +174,7 @@ class Registry:
                 last_heartbeat_s=now,
             )
             if old is not None:
+                node.replaced = old.incarnation
                 self._remove(old)
             self._insert(node)
             logger.info("%s %s as %s", node, "restarted, registered" if old else "registered", node.node_id)
@@ -252,8 +254,10 @@ class Registry:
         return None
 
     def _refuse_twin(self, old: Node, request: RegisterNode) -> None:
-        """A node that moved to another host leaves its old self silent; two that beat would replace each other for ever."""
-        if None in (old.hostname, request.hostname) or old.hostname == request.hostname:
+        """A node that moved to another host leaves its old self silent; two that beat would replace each other for ever. Clones share a
+        hostname: theirs is told by an incarnation that comes back after it was replaced."""
+        is_back = bool(old.replaced) and old.replaced == (request.incarnation or request.job_id or request.start_time)
+        if not is_back and (None in (old.hostname, request.hostname) or old.hostname == request.hostname):
             return
         if self.is_online(old) and self.silent_s(old) <= 2 * old.heartbeat_interval_s:
             advice = f"give the one on host {request.hostname} its own, where the router can reach it (127.0.0.1 is every host's)"

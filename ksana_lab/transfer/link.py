@@ -25,10 +25,14 @@ class Pacer:
         with self._lock:
             return max(0, round(self._free_at - now_ns))
 
-    def book(self, nbytes: int, now_ns: int) -> int:
-        """Send ``nbytes`` from ``now_ns`` on, or as soon as the link is free. Returns when they arrive."""
+    def book(self, nbytes: int, now_ns: int, ready_ns: int | None = None) -> int:
+        """Send ``nbytes`` from ``now_ns`` on, or as soon as the link is free. Returns when they arrive. ``ready_ns``: since when they could
+        have gone; what waited for the link follows what went before without a gap, however late its sender woke, as on a real wire, where
+        it lies in the socket's buffer."""
         with self._lock:
-            self._free_at = max(self._free_at, now_ns) + nbytes * self._ns_per_byte
+            has_waited = ready_ns is not None and ready_ns <= self._free_at
+            start = self._free_at if has_waited else max(self._free_at, now_ns)
+            self._free_at = start + nbytes * self._ns_per_byte
             return round(self._free_at) + self._latency_ns
 
 

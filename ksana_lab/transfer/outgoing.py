@@ -93,6 +93,7 @@ class Outgoing(Generic[L]):
     chunks: list[_Chunk] = field(default_factory=list)
     is_complete: bool = False  # the last chunk is known
     target: Target | None = None
+    announced_ns: int = 0  # when ``target`` came
     routes: list[Route[L]] = field(default_factory=list)
     mode: Mode = "layer"
     schedule: Schedule = ()  # of mode ``layer``

@@ -282,7 +282,7 @@ class Sender:
             out = self._outgoing.get(message.key)
             if out is None:
                 out = self._outgoing[message.key] = self._new_outgoing(message.key)
-            out.target = message
+            out.target, out.announced_ns = message, time.monotonic_ns()
             out.routes = [Route(link) for link in peer.links.values()]
             num_tokens = message.num_tokens - message.num_cached_tokens
             first = message.num_cached_tokens
@@ -520,7 +520,8 @@ class Sender:
         out.num_writing += 1
         nbytes = slice_bytes(self._layout, route.link.slices, piece.end - piece.start, len(piece.layers))
         wire_bytes = self._wire_bytes(route.link, piece.start, piece.end, len(piece.layers))
-        return _Flight(out, route, out.attempt, piece, route.link.peer.pacer.book(wire_bytes, now_ns), now_ns, nbytes, wire_bytes)
+        due_ns = route.link.peer.pacer.book(wire_bytes, now_ns, max(piece.ready_ns, out.announced_ns) if piece.is_ready else None)
+        return _Flight(out, route, out.attempt, piece, due_ns, now_ns, nbytes, wire_bytes)
 
     def _wire_bytes(self, link: _PeerLink, start: int, end: int, num_layers: int) -> int:
         """What tokens [start, end) of ``num_layers`` layers are on their way over ``link``."""

@@ -26,6 +26,7 @@ from ksana_lab.tracing.clock import Offset, OffsetEstimator
 from ksana_lab.tracing.recorder import clock_domain
 from ksana_lab.transfer.lifecycle import Pair
 from ksana_lab.transfer.plan import check_shapes
+from ksana_lab.types import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Acceptor:
         self._decoder = wire.Decoder(wire.ToPrefill)
         self._comm_ids: dict[str, str] = {}
         self._sessions: dict[int, _Accepted] = {}
-        self._said: dict[str, str] = {}  # last refusal per pair: said once
+        self._said: dict[str, str] = {}  # why a pair does not connect: said once, for the decode node tries each second
         self.num_bad_messages = 0
 
     @property
@@ -111,9 +112,9 @@ class Acceptor:
     def describe(self) -> dict[str, str]:
         """State of every pair, in words."""
         states = dict.fromkeys(self._comm_ids, "waiting for the decode node to call")
+        states.update((s.hello.comm_key, "ranks are connecting") for s in self._sessions.values())
         states.update(self._said)
-        for s in self._sessions.values():
-            states[s.hello.comm_key] = "connected" if s.is_connected else "ranks are connecting"
+        states.update((s.hello.comm_key, "connected") for s in self._sessions.values() if s.is_connected)
         return states
 
     def update(self, update: PeerUpdate) -> None:
@@ -235,7 +236,12 @@ class Acceptor:
 
     def _end(self, s: _Accepted, reason: str, now_ns: int, *, tell: bool = True, is_farewell: bool = False) -> None:
         del self._sessions[s.session]
-        log.log(logging.INFO if is_farewell else logging.WARNING, "pair %s: session ended: %s", s.hello.comm_key, reason)
+        if s.is_connected or is_farewell:
+            log.log(logging.INFO if is_farewell else logging.WARNING, "pair %s: session ended: %s", s.hello.comm_key, reason)
+        elif self._said.get(s.hello.comm_key) != reason:
+            log.warning("pair %s is not connected: %s", s.hello.comm_key, reason)
+            if s.hello.comm_key in self._comm_ids:
+                self._said[s.hello.comm_key] = reason
         if tell:
             self._send(s.identity, wire.Bye(s.session, wire.clip(reason)))
         self._owner.to_ranks(wire.ClosePeer(s.session))
@@ -297,9 +303,17 @@ class _Dial:
     deadline_ns: int = 0
     last_seen_ns: int = 0
     next_ping_ns: int = 0
-    why: str = "the router has not named the prefill node's control address yet"
+    why: str = "the router has not named the prefill node's control address yet"  # or why the last attempt failed
     has_complained: bool = False
     clock: OffsetEstimator = field(default_factory=OffsetEstimator)
+
+
+def _whose(dial: _Dial) -> str:
+    """A control address that means this very host, of a prefill node that the router calls elsewhere."""
+    host, _, _ = dial.address.rpartition(":")
+    if not is_loopback(host.strip("[]")) or _names(dial.comm_key)[0].rpartition(":")[0] == host:
+        return ""
+    return f"; to this node {host} is its own host: give the prefill node a coordinator_addr that other hosts reach"
 
 
 class Dialer:
@@ -419,6 +433,7 @@ class Dialer:
         configure(socket)
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # one connection, one session: a new attempt is a new socket
         socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.IPV6, dial.address.startswith("["))
         dial.socket = socket
         dial.monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         dial.deadline_ns = now_ns + int(HELLO_TIMEOUT_S * 1e9)
@@ -435,7 +450,7 @@ class Dialer:
                 hello = wire.Hello(dial.comm_key, dial.comm_id, self._incarnation, self._shape, self._endpoints, self._checksum)
                 self._send(dial, hello)
             elif event == zmq.EVENT_CLOSED:
-                self._lose(dial, f"nothing listens at the prefill node's control address {dial.address}", now_ns)
+                self._lose(dial, f"nothing answers at the prefill node's control address {dial.address}{_whose(dial)}", now_ns)
             elif event == zmq.EVENT_DISCONNECTED:
                 self._lose(dial, f"the prefill node at {dial.address} closed the connection", now_ns)
 
@@ -492,7 +507,6 @@ class Dialer:
         dial.pair = Pair(message.session, _names(dial.comm_key)[0], message.shape.tp_size)
         dial.last_seen_ns = dial.next_ping_ns = now_ns
         dial.deadline_ns = now_ns + int(self._attempt_timeout_s * 1e9)
-        dial.why = "the prefill node's ranks are connecting"
 
     def _lose(
         self, dial: _Dial, reason: str, now_ns: int, *, tell: bool = False, is_final: bool = False, is_farewell: bool = False

@@ -19,6 +19,7 @@ from transfer_nodes import COMM_KEY, LAYERS, Node, connect, make_pair, random_kv
 
 from ksana_lab.errors import TransferError
 from ksana_lab.protocol import transfer as wire
+from ksana_lab.protocol.engine import PeerUpdate
 from ksana_lab.transfer import sender, sessions
 from ksana_lab.transfer.backends.shm import ShmLink
 from ksana_lab.types import Role
@@ -51,6 +52,46 @@ def assert_clean(*nodes: Node) -> None:
                 assert not worker._sender._outgoing and not worker._sender._dropping
             if worker._receiver is not None:
                 wait_for(lambda r=worker._receiver: not r._incoming and not r._quarantined, "no windows")
+
+
+# ---- connecting -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_meets_over_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    with make_pair(backend="tcp", host="::1") as (p, d):
+        send(p, d)
+
+
+def test_why_a_pair_does_not_connect_is_said_once_on_each_side(caplog):
+    caplog.set_level("INFO")
+    p, d = Node(Role.PREFILL, backend="tcp"), Node(Role.DECODE, backend="shm")
+    try:
+        for node in (p, d):
+            node.name(p, d)
+        wait_for(lambda: d.connector.stats()["connect_retries"] >= 3, "a third attempt")
+        assert sum("no way to rank 0" in message for message in caplog.messages) == 2
+        assert "no way to rank 0" in p.connector.pairs()[COMM_KEY] and "no way to rank 0" in d.connector.pairs()[COMM_KEY]
+    finally:
+        d.close()
+        p.close()
+
+
+def test_a_control_address_on_the_peers_own_loopback_is_named_as_such(caplog):
+    caplog.set_level("INFO")
+    d = Node(Role.DECODE)
+    try:
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{closed.getsockname()[1]}"
+        key = "10.0.0.2:8067__10.0.0.3:6890"
+        d.connector.handle_peer_update(PeerUpdate([PeerUpdate.Pair(key, "c1", [(0, 0, address), (0, 0, d.connector.address)])]))
+        wait_for(lambda: "give the prefill node a coordinator_addr" in d.connector.pairs().get(key, ""), "advice")
+    finally:
+        d.close()
 
 
 # ---- corruption, mismatch ---------------------------------------------------------------------------------------------

@@ -64,13 +64,24 @@ class Node:
     ``backend`` "staged_shm": on a CPU, what shm is on a GPU."""
 
     def __init__(
-        self, role: Role, tp: int = 1, *, backend="tcp", port=0, block=BLOCK, layers=LAYERS, waiting_timeout_s=60.0, device="cpu", **options
+        self,
+        role: Role,
+        tp: int = 1,
+        *,
+        backend="tcp",
+        host="127.0.0.1",
+        port=0,
+        block=BLOCK,
+        layers=LAYERS,
+        waiting_timeout_s=60.0,
+        device="cpu",
+        **options,
     ):
         self.role, self.tp = role, tp
         self.ipc_dir = tempfile.mkdtemp(prefix="kv-")
         classes = registry._ON_GPU if backend == "staged_shm" else {}
         backend = backend.removeprefix("staged_")
-        connector = ConnectorOptions(role=role, coordinator_addr=NodeAddr("127.0.0.1", port), backend=backend, **options)
+        connector = ConnectorOptions(role=role, coordinator_addr=NodeAddr(host, port), backend=backend, **options)
         scheduler = SchedulerOptions(waiting_timeout_s=waiting_timeout_s)
         runtime = RuntimeOptions(device=device)
         self.config = EngineConfig(model=ModelOptions(model_dir="none"), connector=connector, scheduler=scheduler, runtime=runtime)

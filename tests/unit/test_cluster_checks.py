@@ -53,6 +53,24 @@ def test_the_coordinator_has_a_port_of_its_own(host, is_good):
     assert checks.ports_differ(host, 7001, asked).level == "ok"
 
 
+@pytest.mark.parametrize(
+    ("router", "inference", "coordinator", "level", "key"),
+    [
+        ("192.0.2.1", "0.0.0.0", "127.0.0.2", "error", "inference_addr"),
+        ("127.0.0.1", "127.0.0.1", "0.0.0.0", "error", "coordinator_addr"),
+        ("192.0.2.1", "127.0.0.1", "192.0.2.2", "warn", "inference_addr"),
+        ("192.0.2.1", "192.0.2.2", "127.0.0.1", "warn", "coordinator_addr"),
+        ("127.0.0.1", "192.0.2.2", "127.0.0.1", "warn", "coordinator_addr"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1", "ok", "others can call"),
+        ("192.0.2.1", "192.0.2.2", "192.0.2.2", "ok", "others can call"),
+    ],
+)
+def test_an_address_that_others_cannot_call_is_named(router, inference, coordinator, level, key):
+    hosts = {"router_addr": (router, 9080), "inference_addr": (inference, 8067), "coordinator_addr": (coordinator, 13569)}
+    finding = checks.addresses_reach(config(role="prefill", **hosts))[0]
+    assert finding.level == level and key in finding.text and (level == "ok" or f"--set connector.{key}=" in finding.advice)
+
+
 @pytest.fixture
 def router_of():
     """A stub router that knows the given nodes; yields a function that starts one."""

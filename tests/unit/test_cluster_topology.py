@@ -53,6 +53,13 @@ def test_the_routers_file_says_what_its_plan_says(tmp_path):
     assert RouterConfig.from_file(tmp_path / "r.yaml")[0] == spec.config
 
 
+def test_the_router_runs_on_the_clusters_host_unless_it_names_its_own():
+    nodes = {"m": {"role": "mixed", "hosts": "10.0.0.2", "ports": 8080, "coordinator_ports": 13569}}
+    laid = lay_out(nodes, host="10.0.0.1")
+    assert laid.router.host == "10.0.0.1" and laid.nodes[0].config.connector.router_addr.host == "10.0.0.1"
+    assert lay_out(nodes, host="10.0.0.1", router={"host": "127.0.0.1"}).router.host == "127.0.0.1"
+
+
 def test_settings_of_file_cluster_and_group_lie_over_each_other(tmp_path):
     (tmp_path / "base.yaml").write_text("setting: {batch_scheduler: {max_batch_size: 1, max_step_tokens: 1, max_waiting_queue_len: 1}}\n")
     group = {"config_file": "base.yaml", "setting": {"batch_scheduler": {"max_batch_size": 3}}}

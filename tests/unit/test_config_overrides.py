@@ -23,6 +23,10 @@ def test_values_are_read_as_yaml(text, path, value):
     assert parse_override(text) == (path, value)
 
 
+def test_an_ipv6_address_needs_no_quotes():
+    assert parse_override("connector.router_addr=[fd00::1]:9080").value == "[fd00::1]:9080"
+
+
 @pytest.mark.parametrize("text", ["novalue", "=1", "a..b=1", "a=[1"])
 def test_a_malformed_override_is_named(text):
     with pytest.raises(ConfigError, match="--set"):

@@ -208,6 +208,12 @@ def test_options_reach_the_configuration(run, node, tmp_path):
     assert code == 0 and "tokenizer_dir: /tok" in out and f"trace_dir: {tmp_path / 't'}" in out and "http://0.0.0.0:" in out
 
 
+@pytest.mark.parametrize(("option", "key"), [("--router-ip", "router_addr"), ("--prefill-ip", "inference_addr")])
+def test_an_address_that_fills_nothing_is_refused(run, node, option, key):
+    code, _, err = run("prefill", *node, option, "10.0.0.1", "--dry-run")
+    assert code == 2 and option in err and f"--set connector.{key}=10.0.0.1:PORT" in err
+
+
 def test_the_references_files_run_dry_unmodified(run):
     ips = ("--router-ip", "127.0.0.1", "--prefill-ip", "127.0.0.1", "--decode-ip", "127.0.0.1")
     for role in ("prefill", "decode"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from asyncio import Event, wait_for
 from types import SimpleNamespace
@@ -93,6 +94,16 @@ async def test_a_mixed_node_gets_no_pair_headers_and_ends_generate_streams_alike
         assert await ask(router, "/generate") == (200, obj(65) + obj(65, 66) + b"[DONE]\0")
         assert not {"kv-comm-group-key", "kv-comm-request-id", "x-ksana-lab-first-token"} & {h.lower() for h in node.requests[0].headers}
         assert_idle(router)
+
+
+async def test_a_connection_to_a_node_is_probed_while_it_says_nothing():
+    """A node may live and beat while its end of a connection is gone without a word."""
+    node = StubNode("mixed", stream(obj(65), "hang"))
+    async with stub_nodes(node), running_router(heartbeat_timeout_s=40.0) as router:
+        async with router.router.proxy.session.post(f"http://{node.addr}/generate", data=b"{}") as response:
+            sock = response.connection.transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10  # and three probes: 40 s of silence
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

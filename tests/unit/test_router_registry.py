@@ -141,6 +141,15 @@ def test_two_hosts_do_not_share_an_inference_addr(cluster):
     assert error.value.status == 409 and list(cluster.registry) == [a]
 
 
+def test_clones_of_one_hostname_do_not_replace_each_other_for_ever(cluster):
+    for incarnation in "12":
+        cluster.add(P, "prefill", hostname="localhost", incarnation=incarnation)
+    with pytest.raises(Refused, match=r"give the one on host localhost its own, where the router can reach it"):
+        cluster.add(P, "prefill", hostname="localhost", incarnation="1")
+    cluster.now += 60
+    assert cluster.add(P, "prefill", hostname="localhost", incarnation="1")
+
+
 def test_a_node_that_moved_to_another_host_takes_its_place_after_two_heartbeats(cluster):
     cluster.add(P, "prefill", hostname="a", heartbeat_interval_s=2.0)
     cluster.now += 4.1

@@ -31,6 +31,13 @@ def test_an_idle_link_does_not_save_up():
     assert pacer.book(1 * MS, 50 * MS) == 51 * MS
 
 
+def test_what_waited_for_the_link_leaves_no_gap_when_its_sender_wakes_late():
+    pacer = Pacer(8.0)
+    pacer.book(5 * MS, 0)
+    assert pacer.book(1 * MS, 7 * MS, ready_ns=4 * MS) == 6 * MS
+    assert pacer.book(1 * MS, 9 * MS, ready_ns=8 * MS) == 10 * MS  # the link had been idle: it leaves when it is handed over
+
+
 def test_a_stream_of_pieces_has_the_bandwidth_that_was_asked_for():
     pacer, now = Pacer(100.0), 0
     for _ in range(1000):

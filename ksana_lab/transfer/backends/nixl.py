@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import ipaddress
 import logging
 import os
 import secrets
@@ -39,6 +38,7 @@ from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink,
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
 from ksana_lab.transfer.registry import host_id
+from ksana_lab.types import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +93,8 @@ def make_agent(name: str, host: str) -> Any:
         options.useProgThread, options.pthrDelay = True, _PROGRESS_US
         options.syncMode = nixl._bindings.NIXL_THREAD_SYNC_STRICT
         agent.agent = nixl._bindings.nixlAgent(name, options)  # the wrapper has no argument for the delay
-        agent.create_backend("UCX", {"engine_config": "NET_DEVICES=lo"} if _is_loopback(host) else {})
+        agent.create_backend("UCX", {"engine_config": "NET_DEVICES=lo"} if is_loopback(host) else {})
     return agent
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

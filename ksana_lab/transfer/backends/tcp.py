@@ -5,7 +5,6 @@ D receives the bytes itself, so closing a window is a fence: afterwards nothing 
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import time
 from typing import Any
@@ -18,6 +17,7 @@ from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink,
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair, packed
+from ksana_lab.types import is_loopback
 
 _BURST_BYTES = 8 << 20
 _LOOPBACK_BYTES_PER_S = 1e9  # what any host of today gives over its own loopback device
@@ -76,9 +76,9 @@ class TcpLink:
             self.write(burst, 0)
             self._stream.ping(timeout_s)
             seconds.append(max(1e-9, time.perf_counter() - begin - round_trip_s))
-        is_loopback = _is_loopback(self._host)
-        path = ("loopback TCP" if is_loopback else "TCP") + (" through pinned host memory" if self._stage else "")
-        return LinkReport(path, nbytes / min(seconds), round_trip_s, _LOOPBACK_BYTES_PER_S if is_loopback else None)
+        is_here = is_loopback(self._host)
+        path = ("loopback TCP" if is_here else "TCP") + (" through pinned host memory" if self._stage else "")
+        return LinkReport(path, nbytes / min(seconds), round_trip_s, _LOOPBACK_BYTES_PER_S if is_here else None)
 
     def notify(self, window: int, token: int, notice: bytes) -> None:
         self._stream.notify(window, token, notice)
@@ -96,13 +96,6 @@ def _host_bytes(source: torch.Tensor, after: Any) -> memoryview:
         if after is not None:
             after.synchronize()
         return memoryview(source.cpu().numpy())  # type: ignore[arg-type]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class TcpBackend(ServedByStream):
