@@ -17,8 +17,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -222,26 +222,33 @@ def _exit_on_sigterm(*_: object) -> NoReturn:
 
 def _load_node(args: argparse.Namespace) -> LoadedConfig:
     """The file, then ``--set``, then the options, whose directories are no YAML: ``a #b`` and ``123`` are names."""
-    source = str(args.config_file)
-    tree = ksana_yaml.apply_overrides(yaml_file.read(args.config_file), args.set)
+    source, file = str(args.config_file), yaml_file.read(args.config_file)
+    tree = ksana_yaml.apply_overrides(file, args.set)
     said = {key: value for key, name in _DIRECTORIES.items() if (value := getattr(args, name)) is not None}
     for key in said:
         put(tree, key, None)  # what it replaces may hold a placeholder that nobody fills
-    given = {"ROUTER_IP": args.router_ip, "PREFILL_IP": args.prefill_ip, "DECODE_IP": args.decode_ip, "MODEL_DIR": args.model_dir}
-    template = repr(tree)
-    tree = ksana_yaml.substitute(tree, {name: value for name, value in given.items() if value is not None}, source)
+    options = {"ROUTER_IP": args.router_ip, "PREFILL_IP": args.prefill_ip, "DECODE_IP": args.decode_ip, "MODEL_DIR": args.model_dir}
+    given = {name: value for name, value in options.items() if value is not None}
+    tree = ksana_yaml.substitute(tree, given, source)
+    _move(tree, dict(leaves(file)), given)
     for key, directory in {**dict(leaves(tree)), **said}.items():
         if key in _DIRECTORIES and isinstance(directory, str):
             put(tree, key, os.path.expanduser(directory))
-    loaded = ksana_yaml.translate(tree, source)
-    for name in ("ROUTER_IP", f"{loaded.config.connector.role.name}_IP"):
-        if given.get(name) is not None and f"{{{name}}}" not in template:  # the node would stay where the file says
-            keys = ["router_addr"] if name == "ROUTER_IP" else ["inference_addr", "coordinator_addr"]
-            instead = " ".join(f"--set connector.{key}={given[name]}:PORT" for key in keys)
-            raise ConfigError(f"{ksana_yaml.PLACEHOLDERS[name]} fills {{{name}}}, which {source} does not have; instead: {instead}")
-    return loaded
+    return ksana_yaml.translate(tree, source)
 
 
+def _move(tree: dict[str, Any], file: Mapping[tuple[str, ...], Any], given: Mapping[str, str]) -> None:
+    """A file with addresses instead of placeholders: the options give them other hosts. What ``--set`` said stays."""
+    found = dict(leaves(tree))
+    role = str(found.get((*_CONNECTOR, "group_role"))).upper()
+    for name, keys in (("ROUTER_IP", ("router_addr",)), (f"{role}_IP", ("inference_addr", "coordinator_addr"))):
+        for path in ((*_CONNECTOR, key) for key in keys):
+            if name in given and isinstance(address := found.get(path), str) and address == file.get(path):
+                with suppress(ValueError):  # no address: the translation says so
+                    put(tree, path, str(NodeAddr(given[name].strip("[]"), NodeAddr.parse(address).port)))
+
+
+_CONNECTOR = ("setting", "connector")
 _DIRECTORIES = {  # key -> the option that says it
     tuple(ksana_yaml.MODEL_DIR.split(".")): "model_dir",
     ("ksana_lab", "tokenizer_dir"): "tokenizer_path",

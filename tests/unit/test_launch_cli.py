@@ -208,10 +208,11 @@ def test_options_reach_the_configuration(run, node, tmp_path):
     assert code == 0 and "tokenizer_dir: /tok" in out and f"trace_dir: {tmp_path / 't'}" in out and "http://0.0.0.0:" in out
 
 
-@pytest.mark.parametrize(("option", "key"), [("--router-ip", "router_addr"), ("--prefill-ip", "inference_addr")])
-def test_an_address_that_fills_nothing_is_refused(run, node, option, key):
-    code, _, err = run("prefill", *node, option, "10.0.0.1", "--dry-run")
-    assert code == 2 and option in err and f"--set connector.{key}=10.0.0.1:PORT" in err
+def test_addresses_that_a_file_writes_out_get_the_hosts_of_the_options(run, tmp_path):
+    path = write_hollow(tmp_path)
+    options = ("--model-dir", path, "--router-ip", "10.0.0.1", "--prefill-ip", "[fd00::2]", "--decode-ip", "10.0.0.3")
+    _, out, _ = run("prefill", "--config_file", CONFIGS / "prefill_cpu.yaml", *options, "--set", "coordinator_addr=10.9.9.9:7", "--dry-run")
+    assert "http://10.0.0.1:9080" in out and "inference_addr: '[fd00::2]:8067'" in out and "coordinator_addr: 10.9.9.9:7" in out
 
 
 def test_the_references_files_run_dry_unmodified(run):
