@@ -70,7 +70,7 @@ def test_the_checksum_is_of_the_bytes_on_the_wire(monkeypatch):
 
 def test_an_emulated_link_counts_the_bytes_on_the_wire(monkeypatch):
     book, booked = Pacer.book, []
-    monkeypatch.setattr(Pacer, "book", lambda self, nbytes, now_ns: (booked.append(nbytes), book(self, nbytes, now_ns))[1])
+    monkeypatch.setattr(Pacer, "book", lambda self, nbytes, *when: (booked.append(nbytes), book(self, nbytes, *when))[1])
     with make_pair(transfer_mode="bulk", p={"link": {"bandwidth_gbps": 0.002}}, **FP8) as (p, d):
         send(p, d, num_tokens=128, chunk=128)
         (span,) = p.recorder.spans
