@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sys
 import threading
@@ -313,7 +314,7 @@ class Sweep:
             ids = (point.run_id(self._code_version), point.cluster_key[:6])
             rows.append((*ids, columns["system"], columns["split"], *labels, str(point.repeat), count, state))
         todo = [point for point, is_kept in zip(points, kept, strict=True) if not is_kept]
-        starts = len({point.cluster_key for point in todo})
+        starts = len(list(itertools.groupby(todo, key=lambda point: point.cluster_key)))
         most = f"at most {self.num_points} runs" if search_options else f"{len(points)} runs"
         before = f"{sum(kept)} finished before{self._others()}"
         lines = [f"sweep {self.config.name}: {most}, {starts} cluster starts, {before}; results in {self.folder}"]

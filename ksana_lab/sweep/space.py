@@ -93,6 +93,7 @@ class SweepConfig(Frozen):
     axes: dict[str, Any] = Field(default_factory=dict)
     combine: Literal["product", "zip"] | list[list[str]] = "product"  # lists: these axes advance together, all else is a product
     repeats: int = Field(1, ge=1)  # of every point, with seeds of their own
+    interleave: bool = False  # a repeat of every point before the next, instead of all repeats of a cluster at one start of it
     baseline: bool | BaselineOptions = True
     slo: dict[str, Any] = Field(default_factory=dict)
     target: float = Field(0.9, gt=0, le=1)  # SLO attainment that counts as met
@@ -124,6 +125,8 @@ class SweepConfig(Frozen):
     def _check(self, source: str) -> None:
         slo = SLO.from_dict(self.slo)
         if self.search is not None:
+            if self.interleave:
+                raise ConfigError(f"{source}: interleave does not go with search, whose next rate hangs on all repeats of the last one")
             if slo == SLO():
                 raise ConfigError(f"{source}: search needs slo, the bounds that the rate is to meet")
             if self.search.low >= self.search.high:
@@ -284,8 +287,13 @@ class Space:
             self.layout(setup)
 
     def points(self) -> list[SweepPoint]:
-        """Of a grid: ordered so that each cluster starts once. A search makes its own (``at_rate``)."""
-        return [self.point(setup, repeat) for setup in self.setups for repeat in range(self.config.repeats)]
+        """Of a grid: ordered so that each cluster starts once; interleaved, forwards and backwards in turn, so that what drifts with time
+        falls on all systems alike, and a cluster that ends one repeat begins the next. A search makes its own (``at_rate``)."""
+        repeats = range(self.config.repeats)
+        if not self.config.interleave:
+            return [self.point(setup, repeat) for setup in self.setups for repeat in repeats]
+        clusters = [list(setups) for _, setups in itertools.groupby(self.setups, key=lambda setup: setup.cluster_key)]
+        return [self.point(setup, i) for i in repeats for setups in (clusters[::-1] if i % 2 else clusters) for setup in setups]
 
     def point(self, setup: Setup, repeat: int) -> SweepPoint:
         """Seeds come from the whole workload and the repeat: every system gets the same requests, and no run finds another's prompts in a

@@ -193,6 +193,7 @@ def test_a_search_finds_the_rate_and_is_resumed(tmp_path):
 def test_a_dry_run_says_what_would_be_done_and_touches_nothing(tmp_path):
     text = fake_sweep(tmp_path, axes=RATES, repeats=2).describe()
     assert "12 runs, 2 cluster starts, 0 finished before" in text and "estimate: about" in text
+    assert "12 runs, 3 cluster starts" in fake_sweep(tmp_path, axes=RATES, repeats=2, interleave=True).describe()
     assert "slo: ttft_s <= 0.5 s, for 90%" in text  # with its unit: who meant milliseconds sees it
     assert " requests/s" in next(line for line in text.splitlines() if line.startswith("lengths: "))
     assert not (tmp_path / "out").exists()

@@ -43,6 +43,24 @@ def test_axes_that_advance_together_are_multiplied_with_the_rest(tmp_path):
     assert len(setups) == 6
 
 
+def test_repeats_follow_one_start_of_a_cluster_or_go_through_the_clusters_there_and_back(tmp_path):
+    axes = {"max_batch_size": [4, 8], "rate": [1, 2]}
+    blocks, turns = (
+        [(p.setup.system[:3] + str(p.setup.labels.get("max_batch_size", "")), p.setup.labels["rate"], p.repeat) for p in found.points()]
+        for found in (space(tmp_path, axes=axes, repeats=3, interleave=way) for way in (False, True))
+    )
+    order = lambda points: [cluster for cluster, _ in itertools.groupby(points, key=lambda point: point[0])]  # noqa: E731
+    assert sorted(blocks) == sorted(turns) and len(order(blocks)) == len(set(order(blocks)))
+    there = order(blocks)
+    assert order(turns) == [*there, *there[-2::-1], *there[1:]]
+    assert [point[1:] for point in turns if point[0] == "dis4"] == [(rate, repeat) for repeat in range(3) for rate in (1, 2)]
+
+
+def test_interleaving_does_not_go_with_a_search(tmp_path):
+    with pytest.raises(ConfigError, match="interleave does not go with search"):
+        space(tmp_path, interleave=True, slo={"ttft_s": 1}, search={"low": 1, "high": 2})
+
+
 def test_a_linked_axis_sets_several_keys_under_one_label(tmp_path):
     a_space = space(tmp_path, axes={"split": SPLITS})
     made = {s.labels["split"]: [g.count for g in s.cluster.nodes.values()] for s in of(a_space, False)}
