@@ -107,11 +107,13 @@ def interval_table(runs: pd.DataFrame, columns: Sequence[str], *, sweep_axes: Se
 
 
 def goodput_estimate(rows: pd.DataFrame) -> Estimate:
-    """Of one configuration's rows of ``goodput``: where one met the target at the highest rate that was tried, a lower bound."""
+    """Of one configuration's rows of ``goodput``: where one met the target at the highest rate that was tried, a lower bound. An interval
+    that reaches beyond that rate ends nowhere: nothing was tried there."""
     found = estimate(rows, GOODPUT)
     low = max(0.0, found.low) if found.has_interval else found.low
     if "max_rate" not in rows or not _is_highest_rate(rows).any():
-        return Estimate(found.value, low, found.high)
+        is_beyond = "max_rate" in rows and found.high > float((rows["max_rate"] / rows["num_gpus"]).max())
+        return Estimate(found.value, low, math.inf if is_beyond else found.high)
     return Estimate(found.value, low, math.inf if found.has_interval else math.nan, is_lower_bound=True)
 
 

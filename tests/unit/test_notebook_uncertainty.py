@@ -65,6 +65,14 @@ def test_repeats_that_agree_by_chance_are_as_uncertain_as_their_requests():
     assert goodput_estimate(goodput(runs({4: 1.0, 8: 0.5}, count=16, repeats=2))).low < 4 / 2
 
 
+def test_an_interval_does_not_end_beyond_the_rates_that_were_tried():
+    """Two repeats of 0.5 and 2.5 requests/s per GPU are 1.5 ± 12.7 by Student's t; the highest rate was 3 per GPU."""
+    rows = pd.DataFrame({"goodput_rps_per_gpu": [0.5, 2.5], "max_rate": 6.0, "num_gpus": 2})
+    found = goodput_estimate(rows)
+    assert (found.value, found.low, found.high) == (1.5, 0.0, math.inf) and not found.is_lower_bound
+    assert goodput_estimate(rows.assign(max_rate=40.0)).high == pytest.approx(14.2, abs=0.1)
+
+
 def test_a_target_that_a_repeat_may_have_met_at_the_highest_rate_leaves_the_goodput_of_all_open():
     assert math.isinf(goodput_estimate(goodput(runs({2: 1.0, 4: 0.88}, repeats=2))).high)
 
