@@ -10,6 +10,7 @@ import pytest
 from transfer_nodes import COMM_KEY, LAYERS, Node, connect, make_pair, random_kv, send_after_preemption, wait_for
 
 from ksana_lab.errors import ConfigError, TransferError
+from ksana_lab.transfer import registry
 from ksana_lab.types import Role
 
 
@@ -54,6 +55,24 @@ def test_auto_takes_shared_memory_on_one_host():
         send(p, d)
         links = [link for peer in p.workers[0]._sender._peers.values() for link in peer.links.values()]
         assert [type(link.link).__name__ for link in links] == ["ShmLink"]
+
+
+def test_a_way_that_both_name_but_do_not_share_is_left_for_the_next(monkeypatch):
+    """shm of a node on a GPU and shm of one on a CPU: the first answers, and is not what was looked for."""
+    d = Node(Role.DECODE, backend="auto")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setitem(registry._BACKENDS, "shm", registry._ON_GPU["shm"])
+            p = Node(Role.PREFILL, backend="auto")
+        try:
+            connect(p, d)
+            kv, seq = send(p, d)
+            links = [link for peer in p.workers[0]._sender._peers.values() for link in peer.links.values()]
+            assert [type(link.link).__name__ for link in links] == ["TcpLink"] and np.array_equal(d.read(seq, 37), kv)
+        finally:
+            p.close()
+    finally:
+        d.close()
 
 
 def test_a_late_announcement_is_caught_up_without_another_step():
