@@ -12,12 +12,18 @@ from ksana_lab.types import Role
 
 LENGTHS = {1: 37, 2: 64, 3: 5}  # tokens of each request
 TIMEOUT_S = 60.0
+SIZES = ((1, 2), (4, 2), (2, 1), (2, 4), (8, 2), (1, 8))
 CASES = [  # what sizes do to a plan is tested in test_transfer_end_to_end; here: processes, and GPUs
     ("cpu", "shm", "layer", 2, 4),
     *(
         pytest.param("cuda", backend, mode, *tp, marks=pytest.mark.gpu)
-        for backend, mode in (("cuda_ipc", "bulk"), ("cuda_ipc", "layer"), ("shm", "layer"), ("tcp", "layer"))
-        for tp in ((1, 2), (2, 1), (2, 4), (4, 2), (8, 2), (1, 8))
+        for backend, mode, sizes in (
+            ("cuda_ipc", "layer", SIZES),
+            ("cuda_ipc", "bulk", SIZES[:2]),
+            ("shm", "layer", SIZES[:2]),
+            ("tcp", "layer", SIZES[:2]),
+        )
+        for tp in sizes
     ),
 ]
 
