@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import socket
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -36,6 +37,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Of a socket at ``host``, an IP literal or a name."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class NodeAddr(NamedTuple):

@@ -47,7 +47,7 @@ from ksana_lab.models.synth import shape, synthesize
 from ksana_lab.protocol.engine import SequenceUpdate
 from ksana_lab.transfer.base import DeviceTicket, Link
 from ksana_lab.transfer.plan import HeadSlice, copies, shifted
-from ksana_lab.transfer.registry import make_backend, registers_source
+from ksana_lab.transfer.registry import AUTO, make_backend, registers_source
 from ksana_lab.types import SamplingParams
 
 _BLOCK_SIZE = 16
@@ -487,7 +487,7 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         _results.check_machine(args.json, args.device)
     arch, _, shape_name = args.model.partition("-")
-    chosen = ["cuda_ipc", "shm", "tcp"] if args.device == "cuda" else ["shm", "tcp"]
+    chosen = AUTO[args.device == "cuda"]
     backends = list(dict.fromkeys(name for given in args.backend for name in (chosen if given == "auto" else [given])))
     rows: list[Row] = []
     figures: list[_results.Row] = []

@@ -22,7 +22,7 @@ import psutil
 
 from ksana_lab.cluster import ports
 from ksana_lab.cluster.topology import NodeSpec, RouterSpec
-from ksana_lab.config.engine import EngineConfig
+from ksana_lab.config.engine import ConnectorOptions, EngineConfig
 from ksana_lab.config.environment import (
     INSTALL_NIXL,
     REQUIRED_VARIABLES,
@@ -35,7 +35,7 @@ from ksana_lab.config.router import RouterConfig
 from ksana_lab.errors import CheckpointError, ConfigError
 from ksana_lab.models.config import ModelConfig
 from ksana_lab.tracing import nsight
-from ksana_lab.types import NodeAddr, Role, is_loopback
+from ksana_lab.types import NodeAddr, Role, family_of, is_loopback
 
 Level = Literal["ok", "warn", "error"]
 _HTTP_TIMEOUT_S = 3.0
@@ -118,32 +118,32 @@ def addresses_reach(config: EngineConfig) -> list[Finding]:
     told = {"inference_addr": connector.inference_addr, "coordinator_addr": connector.coordinator_addr}
     findings = []
     for key, address in told.items():
-        if address is None:
-            continue
-        own = _address_towards(connector.router_addr, address.port)
-        advice = f"give the address by which other hosts reach this one: --set connector.{key}={own}"
-        if ports.is_wildcard(address.host):
-            findings.append(error(f"connector.{key} {address} is no address that others can call", advice))
-        elif is_loopback(address.host) and connector.router_addr is not None and not _is_here(connector.router_addr.host):
-            what = f"connector.{key} {address} means whichever host calls it, and the router {connector.router_addr} is on another"
-            findings.append(warn(what, advice))
-        elif is_loopback(address.host) and connector.inference_addr is not None and not is_loopback(connector.inference_addr.host):
-            findings.append(warn(f"connector.{key} {address} cannot be reached by nodes of other hosts", advice))
+        found = None if address is None else _reaches_nobody(f"connector.{key} {address}", address, connector)
+        if found is not None and address is not None:
+            own = _address_towards(connector.router_addr, address.port)
+            findings.append(found._replace(advice=f"give the address by which other hosts reach this one: --set connector.{key}={own}"))
     return findings or [ok("others can call the node's addresses")]
+
+
+def _reaches_nobody(name: str, address: NodeAddr, connector: ConnectorOptions) -> Finding | None:
+    router, inference = connector.router_addr, connector.inference_addr
+    if ports.is_wildcard(address.host):
+        return error(f"{name} is no address that others can call")
+    if is_loopback(address.host) and router is not None and not _is_here(router.host):
+        return warn(f"{name} means whichever host calls it, and the router {router} is on another")
+    if is_loopback(address.host) and inference is not None and not is_loopback(inference.host):
+        return warn(f"{name} cannot be reached by nodes of other hosts")
+    return None
 
 
 def _address_towards(router: NodeAddr | None, port: int) -> NodeAddr:
     """This host's own, of the interface that leads to the router. Sends nothing."""
     host = _own_address()
     if router is not None and not _is_here(router.host):
-        with contextlib.suppress(OSError), socket.socket(_family(router.host), socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError), socket.socket(family_of(router.host), socket.SOCK_DGRAM) as probe:
             probe.connect((router.host, router.port))
             host = probe.getsockname()[0]
     return NodeAddr(host, port)
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def port_is_free(host: str, port: int, what: str) -> Finding:

@@ -7,6 +7,8 @@ import socket
 
 import psutil
 
+from ksana_lab.types import family_of
+
 
 class PortPool:
     """Free ports that stay ours: each is bound, not listened on, until ``close``, so that no other process is given it, while a child that
@@ -83,7 +85,7 @@ def is_wildcard(host: str) -> bool:
 
 
 def _socket_for(host: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = family_of(host)
     probe = socket.socket(family, socket.SOCK_STREAM)
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return probe

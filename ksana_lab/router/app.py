@@ -39,7 +39,7 @@ from ksana_lab.router.registry import Node, Refused, Registry
 from ksana_lab.router.store import Store
 from ksana_lab.router.telemetry import Telemetry
 from ksana_lab.tracing.recorder import NullRecorder, open_recorder
-from ksana_lab.types import NodeAddr, Role
+from ksana_lab.types import NodeAddr, Role, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -356,7 +356,7 @@ def _recorder(trace_dir: str | None) -> NullRecorder:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening-to-be socket. Raises ConfigError that names the address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = family_of(host)
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -39,7 +39,7 @@ from ksana_lab.server.openai_api import ChatEndpoint, CompletionEndpoint
 from ksana_lab.server.registrar import ENGINE_SILENCE_S, Registrar
 from ksana_lab.server.tokenizing import Tokenizer
 from ksana_lab.tracing.recorder import open_recorder
-from ksana_lab.types import NodeAddr, Role
+from ksana_lab.types import NodeAddr, Role, family_of
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,7 @@ def serve(config: EngineConfig, host: str, port: int, api_address: str, engine_a
         log.error("%s", error)
         return EXIT_CONFIG
     try:
-        listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048, reuse_port=False
-        )
+        listener = socket.create_server((host, port), family=family_of(host), backlog=2048, reuse_port=False)
     except OSError as error:
         log.error("cannot listen on %s:%d: %s; is another server running there? choose another --port", host, port, error.strerror)
         tokenizer.close()

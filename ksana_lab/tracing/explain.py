@@ -196,11 +196,11 @@ def _why(run: Timeline, request: object, pieces: pd.DataFrame) -> str:
     num_layers = int((run.transfers["layer"] + run.transfers["num_layers"]).max())
     if per_link == 1 and num_layers > 1:
         return "one piece"
-    wire, compute = own["wire_s"].mean(), own["compute_s"].mean()
-    is_slow = bool(compute == compute and _on_links(pieces) / len(own) > compute)
+    wire, compute, seconds = own["wire_s"].mean(), own["compute_s"].mean(), getattr(request, "wire_s", 0.0)
+    is_slow = bool(compute == compute and seconds / len(own) > compute)
     copy_bytes = pieces["bytes"].sum() / max(1, pieces["copies"].sum())
-    posts = pieces["post_s"].sum() / max(1e-12, _on_links(pieces))
-    if copy_bytes < _FRAGMENT_BYTES and (posts > 0.5 or _is_far_below_link(run, pieces)):
+    posts = pieces["post_s"].sum() / max(1e-12, seconds)
+    if copy_bytes < _FRAGMENT_BYTES and (posts > 0.5 or _is_far_below_link(run, pieces, seconds)):
         return "fragments"
     if is_slow or (compute != compute and wire == wire):
         return "link"
@@ -216,21 +216,15 @@ def _occupied(pieces: pd.DataFrame) -> float:
     return total
 
 
-def _on_links(pieces: pd.DataFrame) -> float:
-    """The same of each link, added up over the links: ranks send side by side."""
-    return sum(_occupied(own) for _, own in pieces.groupby(["src_rank", "dst_rank"]))
-
-
-def _is_far_below_link(run: Timeline, pieces: pd.DataFrame) -> bool:
-    """Less than a third of what the link was measured to carry in one large copy when it was connected."""
+def _is_far_below_link(run: Timeline, pieces: pd.DataFrame, seconds: float) -> bool:
+    """Less than a third of what the link was measured to carry in one large copy when it was connected. ``seconds``: on the wire."""
     links = [args.get("bandwidth") for args in run.events.loc[run.events["name"] == "link", "args"]]
-    seconds = _on_links(pieces)
     return bool(links and seconds and pieces["bytes"].sum() / seconds < min(links) / 3)
 
 
 def _evidence(run: Timeline, reason: str) -> str:
     transfers = run.transfers[run.transfers["request_id"].isin(run.measured["request_id"])]
-    seconds = sum(_on_links(pieces) for _, pieces in transfers.groupby("request_id"))
+    seconds = run.measured["wire_s"].sum()
     rate = transfers["bytes"].sum() / seconds if seconds else 0.0
     if reason == "fragments":
         return f" ({transfers['bytes'].sum() / max(1, transfers['copies'].sum()) / 1024:.0f} KiB each, {_rate(rate)})"

@@ -40,6 +40,7 @@ def add_phases(records: Sequence[RequestRecord], folder: str | Path | Sequence[s
         row = found.loc[record.request_id]
         times = {phase: row.get(column) for phase, column in _COLUMNS.items()}
         record.phases = {phase: float(at) + origin_s for phase, at in times.items() if at is not None and at == at}
-        record.transfer = {name: float(row[name]) for name in _TRANSFER if row.get("num_pieces", 0) > 0}
+        has_sent = row.get("num_pieces", 0) > 0
+        record.transfer = {name: float(row[name]) for name in _TRANSFER} if has_sent else {}
         count += "prefill_end" in record.phases
     return count

@@ -28,7 +28,7 @@ _HAVE_ADDRESS = ("tcp", "nixl", "nccl", "gloo")
 _REGISTER_SOURCE = ("nixl",)
 _ONE_HOST = ("cuda_ipc", "shm")
 _PACKS = tuple(name for name in _BACKENDS if name not in UNPACKED)  # can carry KV that was packed on the way (``wire_dtype``)
-_AUTO = {True: ("cuda_ipc", "shm", "tcp"), False: ("shm", "tcp")}
+AUTO = {True: ("cuda_ipc", "shm", "tcp"), False: ("shm", "tcp")}  # on a GPU or not: what ``auto`` stands for, best first
 
 
 def make_backend(name: str, host: str, *, on_gpu: bool = False) -> TransferBackend:
@@ -53,7 +53,7 @@ def make_backends(option: str, host: str, *, on_gpu: bool = False, is_packed: bo
     if option != "auto":
         return [make_backend(option, host, on_gpu=on_gpu)]
     backends = []
-    for name in _AUTO[on_gpu]:
+    for name in AUTO[on_gpu]:
         try:
             backends.append(make_backend(name, host, on_gpu=on_gpu))
         except TransferError as error:

@@ -31,11 +31,12 @@ import torch.distributed as dist
 
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import stream
-from ksana_lab.transfer.backends.stream import DONE, REFUSED, Frame, ServedByStream, StreamLink, StreamServer, dial, staged
+from ksana_lab.transfer.backends.stream import DONE, REFUSED, Frame, ServedByStream, StreamLink, StreamServer, dial, run_table, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.checksum import crc_text
 from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import Slot, packed
+from ksana_lab.types import family_of
 
 log = logging.getLogger(__name__)
 
@@ -242,11 +243,7 @@ class PairServer(StreamServer):
     def __init__(self, listener: socket.socket, events: ServerEvents, cache: torch.Tensor, store: tuple[str, int], host: str) -> None:
         self._memory, self._store, self._host = cache, store, host
         self._joined: dict[Any, _Joined] = {}
-        super().__init__(listener, events, cache_bytes=cache.numel(), make_stage=self._no_stage)
-
-    @staticmethod
-    def _no_stage() -> Any:
-        raise TransferError("bytes come through the communicator, not through the stream")
+        super().__init__(listener, events, cache_bytes=cache.numel(), is_fence=True)
 
     def _part_with(self, writer: Any) -> None:
         joined = self._joined.pop(writer, None)
@@ -331,7 +328,7 @@ class PairLink:
                 nbytes = int(batch[:, 2].sum())
                 stage = self._settled(i % 2)
                 stage.start_gather(packed(batch), source)
-                self._stream.ask(MOVE, len(batch), window=window, nbytes=nbytes, payload=batch[:, 1:].astype("<i8").tobytes())
+                self._stream.ask(MOVE, len(batch), window=window, nbytes=nbytes, payload=run_table(batch))
                 self._send(i % 2, nbytes)
             for i in (0, 1):
                 self._settled(i)
@@ -430,8 +427,7 @@ class PairBackend(ServedByStream):
             secret = str(endpoint["secret"])
         except (KeyError, ValueError, TypeError) as error:
             raise TransferError(f"the decode rank's {self.name} endpoint is malformed: {error!r}") from error
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        control = StreamLink(dial(family, (host, port), timeout_s), secret, session, events, timeout_s)
+        control = StreamLink(dial(family_of(host), (host, port), timeout_s), secret, session, events, timeout_s)
         control.start()
         try:
             channel = self._join(control, (host, store_port), cache.device, min(timeout_s, JOIN_S))

@@ -19,7 +19,6 @@ import importlib
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink,
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies
 from ksana_lab.transfer.registry import host_id
-from ksana_lab.types import is_loopback
+from ksana_lab.types import family_of, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -454,7 +453,7 @@ class NixlBackend(ServedByStream):
     def connect(self, endpoint: dict[str, Any], cache: torch.Tensor, session: int, events: LinkEvents, timeout_s: float) -> Link:
         peer = _Endpoint.parse(endpoint)
         mover = self._mover_of(cache)
-        sock = dial(socket.AF_INET6 if ":" in peer.host else socket.AF_INET, (peer.host, peer.port), timeout_s)
+        sock = dial(family_of(peer.host), (peer.host, peer.port), timeout_s)
         stream = StreamLink(sock, peer.secret, session, events, timeout_s, is_kept=True)
         try:
             if not 0 < stream.peer_bytes <= peer.num_bytes:

@@ -27,7 +27,7 @@ from ksana_lab import cuda_driver
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.backends import stream
 from ksana_lab.transfer.backends.shm import is_supported, make_file, map_file
-from ksana_lab.transfer.backends.stream import DONE, Frame, ServedByStream, StreamLink, StreamServer, dial, staged
+from ksana_lab.transfer.backends.stream import DONE, Frame, ServedByStream, StreamLink, StreamServer, dial, run_table, staged
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.checksum import crc_text
 from ksana_lab.transfer.plan import Copies, shifted
@@ -74,11 +74,7 @@ class StagedServer(StreamServer):
     def __init__(self, listener: socket.socket, events: ServerEvents, cache: torch.Tensor) -> None:
         self._memory = cache
         self._stages: dict[Any, Stage] = {}
-        super().__init__(listener, events, cache_bytes=cache.numel(), make_stage=self._no_stage)
-
-    @staticmethod
-    def _no_stage() -> Any:
-        raise TransferError("bytes come through the stage, not through the stream")
+        super().__init__(listener, events, cache_bytes=cache.numel(), is_fence=True)
 
     @contextlib.contextmanager
     def _files_for(self, writer: Any) -> Iterator[Sequence[int]]:
@@ -147,7 +143,7 @@ class StagedShmLink:
                 if later is not None:
                     coming = self._fill(stage, packed(later), source)
                 slot.wait()
-                self._hand_over(MOVE, len(batch), int(batch[:, 2].sum()), window, batch[:, 1:].astype("<i8").tobytes())
+                self._hand_over(MOVE, len(batch), int(batch[:, 2].sum()), window, run_table(batch))
         return DONE
 
     @contextlib.contextmanager

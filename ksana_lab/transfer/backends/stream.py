@@ -29,6 +29,7 @@ import numpy as np
 from ksana_lab.errors import TransferError
 from ksana_lab.transfer.base import LinkEvents, ServerEvents
 from ksana_lab.transfer.plan import Copies
+from ksana_lab.types import family_of
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,11 @@ def _advance(views: list[memoryview], first: int, nbytes: int) -> int:
     return first
 
 
+def run_table(copies: Copies) -> bytes:
+    """runs × (offset there, bytes), as a frame carries them."""
+    return copies[:, 1:].astype("<i8").tobytes()
+
+
 def staged(copies: Copies, room: int) -> list[Copies]:
     """``copies`` in batches of at most ``room`` bytes each; a run that does not fit is cut."""
     counts = -(-copies[:, 2] // room)
@@ -181,9 +187,9 @@ class _Writer:
 
 class StreamServer:
     """Accepts writers of one cache. With ``cache`` it takes WRITE frames, and closing a window fences them; so it does with ``make_stage``,
-    through which the bytes reach a device. Without either the writers have another way to the memory, and only notices pass here; then a
-    writer counts for ``linger_s`` after its connection ended, for what it wrote may still be on that other way. ``on_writer_gone`` is
-    called both times."""
+    through which the bytes reach a device. A kind of server that puts bytes into the cache by frames of its own says so with
+    ``is_fence``. Without any of these the writers have another way to the memory, and only notices pass here; then a writer counts for
+    ``linger_s`` after its connection ended, for what it wrote may still be on that other way. ``on_writer_gone`` is called both times."""
 
     def __init__(
         self,
@@ -193,6 +199,7 @@ class StreamServer:
         cache_bytes: int,
         cache: memoryview | None = None,
         make_stage: Callable[[], Stage] | None = None,
+        is_fence: bool = False,
         fds: Sequence[int] = (),
         stall_s: float = STALL_S,
         linger_s: float = 0.0,
@@ -202,6 +209,7 @@ class StreamServer:
         self._cache, self._cache_bytes, self._fds = cache, cache_bytes, tuple(fds)
         self._stall_s, self._make_stage, self._linger_s = stall_s, make_stage, linger_s
         self._takes_writes = cache is not None or make_stage is not None
+        self._is_fence = is_fence or self._takes_writes
         self._lock = threading.Lock()
         self._windows: dict[int, _Window] = {}
         self._writers: set[_Writer] = set()
@@ -222,7 +230,7 @@ class StreamServer:
         if found is not None:
             with found.lock:  # at most one copy out of the kernel's buffer is waited for
                 found.is_open = False
-        return self._takes_writes
+        return self._is_fence
 
     def num_writers(self, session: int) -> int:
         with self._lock:
@@ -236,7 +244,7 @@ class StreamServer:
             writers = [w for w in self._writers if w.session == session]
         for writer in writers:
             # Who reaches the memory by itself must go of its own accord: its end of the connection says that it has stopped.
-            writer.wire.shutdown(socket.SHUT_RDWR if self._takes_writes else socket.SHUT_WR)
+            writer.wire.shutdown(socket.SHUT_RDWR if self._is_fence else socket.SHUT_WR)
 
     def close(self) -> None:
         """Ends every connection. May be called twice."""
@@ -520,7 +528,7 @@ class StreamLink:
             raise TransferError("the link is closed")
         runs = copies.tolist()
         header = Frame(WRITE, OK, len(runs), window, 0, int(copies[:, 2].sum())).pack()
-        table = copies[:, 1:].astype("<i8").tobytes()
+        table = run_table(copies)
         self._send([header, table, *(source[a : a + n] for a, _, n in runs)])
         return DONE
 
@@ -624,7 +632,7 @@ class StreamLink:
 def listen(host: str) -> socket.socket:
     """A listening socket at ``host``, on a port that the system chooses. Raises TransferError."""
     try:
-        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+        return socket.create_server((host, 0), family=family_of(host), backlog=128)
     except OSError as error:
         raise TransferError(f"cannot listen for KV on {host}: {error}; is it an address of this host?") from error
 

@@ -17,7 +17,7 @@ from ksana_lab.transfer.backends.stream import DONE, ServedByStream, StreamLink,
 from ksana_lab.transfer.base import Link, LinkEvents, LinkReport, ServerEvents, Ticket
 from ksana_lab.transfer.plan import Copies, shifted
 from ksana_lab.transfer.staging import SLOT_BYTES, Slot, SlotPair, packed
-from ksana_lab.types import is_loopback
+from ksana_lab.types import family_of, is_loopback
 
 _BURST_BYTES = 8 << 20
 _LOOPBACK_BYTES_PER_S = 1e9  # what any host of today gives over its own loopback device
@@ -109,7 +109,7 @@ class TcpBackend(ServedByStream):
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
     def serve(self, cache: torch.Tensor, events: ServerEvents) -> dict[str, Any]:
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        family = family_of(self._host)
         try:
             listener = socket.create_server((self._host, 0), family=family, backlog=128)
         except OSError as error:
@@ -125,7 +125,7 @@ class TcpBackend(ServedByStream):
             address, secret = (str(endpoint["host"]), int(endpoint["port"])), str(endpoint["secret"])
         except (KeyError, ValueError, TypeError) as error:
             raise TransferError(f"the decode rank's tcp endpoint is malformed: {error!r}") from error
-        sock = dial(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, address, timeout_s)
+        sock = dial(family_of(address[0]), address, timeout_s)
         source = None if cache.is_cuda else host_view(cache, self.name)
         stream = StreamLink(sock, secret, session, events, timeout_s, source=source)
         stream.start()
